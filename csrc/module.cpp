@@ -1,0 +1,70 @@
+// Bindings only. Tensors arrive as addresses (Tensor.data_ptr()), so the extension needs no torch to build and one
+// build serves every torch; fdfast/cpu/policy_head.py, the only caller, owns shapes and dtypes.
+#include <pybind11/pybind11.h>
+
+#include "policy_head.hpp"
+
+namespace py = pybind11;
+using namespace fdfast;
+
+namespace {
+
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+HeadMath head_math(int divergence, double alpha, double temperature, double teacher_temperature, double softcap) {
+  return {static_cast<Divergence>(divergence), alpha, 1.0 / temperature, 1.0 / teacher_temperature, softcap};
+}
+
+template <typename T>
+void bind(py::module_& m, const char* suffix) {
+  const auto name = [&](const char* stem) { return std::string(stem) + suffix; };
+  const py::call_guard<py::gil_scoped_release> no_gil;
+  m.def(
+      name("head_stats_").c_str(),
+      [](uintptr_t student, uintptr_t teacher, int64_t R, int64_t V, uintptr_t targets, const HeadMath& math,
+         int threads, uintptr_t norm, uintptr_t teacher_norm, uintptr_t logprob, uintptr_t entropy,
+         uintptr_t divergence, uintptr_t center, uintptr_t argmax) {
+        head_stats(at<T>(student), at<T>(teacher), R, V, at<const int64_t>(targets), math, threads, at<RowNorm>(norm),
+                   at<RowNorm>(teacher_norm), at<double>(logprob), at<double>(entropy), at<double>(divergence),
+                   at<double>(center), at<int64_t>(argmax));
+      },
+      no_gil);
+  m.def(
+      name("row_norms_").c_str(),
+      [](uintptr_t z, int64_t R, int64_t V, int threads, uintptr_t norm) {
+        row_norms(at<const T>(z), R, V, threads, at<RowNorm>(norm));
+      },
+      no_gil);
+  m.def(
+      name("head_grads_").c_str(),
+      [](uintptr_t student, uintptr_t teacher, int64_t R, int64_t V, int64_t first, const HeadMath& math, int threads,
+         uintptr_t norm, uintptr_t teacher_norm, uintptr_t center, uintptr_t coef_p, uintptr_t coef_plogp,
+         uintptr_t coef_divergence, uintptr_t targets, uintptr_t coef_target, uintptr_t topk_ids, uintptr_t topk_dz,
+         int64_t K) {
+        head_grads(at<T>(student), at<T>(teacher), R, V, first, math, threads, at<const RowNorm>(norm),
+                   at<const RowNorm>(teacher_norm), at<const double>(center), at<const double>(coef_p),
+                   at<const double>(coef_plogp), at<const double>(coef_divergence), at<const int64_t>(targets),
+                   at<const double>(coef_target), at<const int64_t>(topk_ids), at<const double>(topk_dz), K);
+      },
+      no_gil);
+  m.def(
+      name("row_thresholds_").c_str(),
+      [](uintptr_t x, int64_t R, int64_t V, double share, int threads, uintptr_t threshold, uintptr_t total) {
+        row_thresholds(at<const T>(x), R, V, share, threads, at<double>(threshold), at<double>(total));
+      },
+      no_gil);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "The elementwise part of policy_head on the CPU: see csrc/policy_head.hpp";
+  py::class_<HeadMath>(m, "HeadMath")
+      .def(py::init(&head_math), py::kw_only(), py::arg("divergence"), py::arg("alpha"), py::arg("temperature"),
+           py::arg("teacher_temperature"), py::arg("softcap"));
+  bind<float>(m, "float32");
+  bind<double>(m, "float64");
+}

@@ -1,0 +1,58 @@
+// The elementwise part of policy_head on the CPU: rows of logits in, statistics or dlogits out.
+//
+// Source of the formulas: fdfast/divergences.py. Every sum over the vocabulary is of non-negative terms built on
+// phi(x) = e^x - 1 - x, so a divergence near zero keeps its relative accuracy: KL(T||S) = sum p_T phi(s - t), because
+// sum p_T = sum p_S = 1. Identical rows give exactly 0.
+//
+// Legend: R rows, V vocabulary (or a block of it), K sparse entries a row. z = softcap(raw) / temperature are the
+// tempered logits; s, t = log-probabilities of student and teacher; d = t - s.
+#pragma once
+
+#include <cstdint>
+
+namespace fdfast {
+
+enum class Divergence : int { forward_kl = 0, reverse_kl = 1, jsd = 2, skew_kl = 3 };
+
+struct HeadMath {
+  Divergence divergence;
+  double alpha;
+  double inv_temperature;
+  double teacher_inv_temperature;
+  double softcap;  // 0: none
+};
+
+// What the backward pass needs of a row. lse = max + log_sum is kept in two parts: at logits of 1e4 their float32 sum
+// would be off by 5e-4.
+struct RowNorm {
+  double max;
+  double log_sum;
+};
+
+// Statistics of R rows of V logits. `student` and `teacher` (may be null) hold raw logits and are replaced by z.
+// `center` is the row's constant in the gradient of the divergence.
+template <typename T>
+void head_stats(T* student, T* teacher, int64_t R, int64_t V, const int64_t* targets, const HeadMath& math, int threads,
+                RowNorm* norm, RowNorm* teacher_norm, double* logprob, double* entropy, double* divergence,
+                double* center, int64_t* argmax);
+
+// log-sum-exp of R rows of V tempered logits; a row of nothing but -inf gives {-inf, 0}.
+template <typename T>
+void row_norms(const T* z, int64_t R, int64_t V, int threads, RowNorm* norm);
+
+// `student` holds raw logits of the block that begins at column `first` and is replaced by the gradient by them:
+//   dz = p (coef_p + coef_plogp * s) + coef_divergence * d(divergence)/dz, times dz/draw,
+// where entries topk_ids (R, K) are set to topk_dz instead, and coef_target is added at the target. `teacher` may be
+// null. Indices are of the vocabulary; those outside the block are passed over.
+template <typename T>
+void head_grads(T* student, T* teacher, int64_t R, int64_t V, int64_t first, const HeadMath& math, int threads,
+                const RowNorm* norm, const RowNorm* teacher_norm, const double* center, const double* coef_p,
+                const double* coef_plogp, const double* coef_divergence, const int64_t* targets,
+                const double* coef_target, const int64_t* topk_ids, const double* topk_dz, int64_t K);
+
+// For each row the largest `threshold` such that all entries below it sum to at most `share` of the row's sum |x|,
+// to within a bin of 1/8 octave; `total` is that sum.
+template <typename T>
+void row_thresholds(const T* x, int64_t R, int64_t V, double share, int threads, double* threshold, double* total);
+
+}  // namespace fdfast

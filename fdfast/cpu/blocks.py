@@ -1,0 +1,195 @@
+"""Blocks of tokens x vocabulary that fit a workspace, and the GEMMs on them; shared by the
+operations of this folder.
+
+Legend: N trained tokens, D hidden, V vocabulary, R tokens of a chunk, B vocabulary columns of a
+block.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fdfast import _cpu
+from fdfast.errors import InputError
+from fdfast.types import Head
+
+# Beyond this many tokens a GEMM is as fast as it gets, and a shorter chunk leaves room for a wider
+# block.
+MAX_CHUNK_TOKENS = 1024
+MIN_BLOCK_COLUMNS = 256
+
+
+def call(name: str, dtype: torch.dtype, *args: object) -> None:
+    """Call the C++ function for `dtype`; tensors go as addresses, None as null."""
+    addresses: list[object] = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            assert arg.is_contiguous(), f"{name}: csrc wants contiguous tensors"
+            addresses.append(arg.data_ptr())
+        else:
+            addresses.append(0 if arg is None else arg)
+    getattr(_cpu, f"{name}_{str(dtype).removeprefix('torch.')}")(*addresses)
+
+
+def slices(length: int, step: int) -> Iterator[slice]:
+    """0..length in steps; the last may be shorter."""
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+def hidden_rows(head: Head, rows_N: Tensor | None, chunk: slice, dtype: torch.dtype) -> Tensor:
+    """The chunk's hidden states, (R, D) in `dtype`; rows_N names the trained tokens, None is all of
+    them.
+    """
+    if rows_N is None:
+        return head.hidden_ND[chunk].to(dtype)
+    return head.hidden_ND.index_select(0, rows_N[chunk]).to(dtype)
+
+
+def project(out_RB: Tensor, hidden_RD: Tensor, weight_BD: Tensor, bias_B: Tensor | None) -> None:
+    """Raw logits of one block: hidden @ weight.T + bias."""
+    torch.mm(hidden_RD, weight_BD.T, out=out_RB)
+    if bias_B is not None:
+        out_RB += bias_B
+
+
+def widened(head: Head, block: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Weight (B, D) and bias (B,) of a vocabulary block in `dtype`: views where they have it
+    already.
+    """
+    bias_V = head.bias_V
+    return head.weight_VD[block].to(dtype), None if bias_V is None else bias_V[block].to(dtype)
+
+
+def _wide_columns_bytes(head: Head | None, dtype: torch.dtype) -> int:
+    """Bytes a vocabulary column of the head needs in its widened copy: none where the weight is
+    `dtype` already.
+    """
+    if head is None or head.weight_VD.dtype == dtype:
+        return 0
+    return head.weight_VD.shape[1] * dtype.itemsize
+
+
+class RowBlocks:
+    """Chunks of tokens against the whole vocabulary: logits (R, V) of student and teacher in one
+    workspace.
+    """
+
+    def __init__(
+        self,
+        student: Head,
+        teacher: Head | None,
+        rows_N: Tensor | None,
+        *,
+        dtype: torch.dtype,
+        workspace_bytes: int,
+    ) -> None:
+        self.heads = [student] if teacher is None else [student, teacher]
+        self.rows_N, self.dtype = rows_N, dtype
+        self.num_tokens = len(student.hidden_ND) if rows_N is None else len(rows_N)
+        self.vocabulary = len(student.weight_VD)
+        wide = max(_wide_columns_bytes(head, dtype) for head in self.heads)
+        self.columns = self.vocabulary
+        if wide:  # a quarter of the workspace holds the widened copy
+            self.columns = max(1, min(self.vocabulary, workspace_bytes // 4 // wide))
+        row_bytes = sum(self.vocabulary + h.weight_VD.shape[1] for h in self.heads) * dtype.itemsize
+        left = workspace_bytes - wide * self.columns * bool(wide)
+        self.tokens = min(MAX_CHUNK_TOKENS, self.num_tokens, left // row_bytes)
+        if self.tokens < 1 and self.num_tokens:
+            raise too_small(workspace_bytes, 2 * row_bytes + 4 * wide)
+        shape = (max(1, self.tokens) * self.vocabulary,)
+        self.buffers = [torch.empty(shape, dtype=dtype) for _ in self.heads]
+
+    def chunks(self) -> Iterator[slice]:
+        """The trained tokens in chunks."""
+        return slices(self.num_tokens, max(1, self.tokens))
+
+    def project(self, chunk: slice) -> tuple[Tensor, Tensor | None]:
+        """Raw logits of the chunk, (R, V), of student and teacher."""
+        R = chunk.stop - chunk.start
+        logits = []
+        for head, buffer in zip(self.heads, self.buffers, strict=True):
+            out_RV = buffer[: R * self.vocabulary].view(R, self.vocabulary)
+            hidden_RD = hidden_rows(head, self.rows_N, chunk, self.dtype)
+            for block in slices(self.vocabulary, self.columns):
+                project(out_RV[:, block], hidden_RD, *widened(head, block, self.dtype))
+            logits.append(out_RV)
+        return logits[0], logits[1] if len(logits) > 1 else None
+
+
+class TileBlocks:
+    """Blocks of vocabulary, and in each the chunks of tokens: logits (R, B) of student and teacher
+    in one workspace.
+    """
+
+    def __init__(
+        self,
+        student: Head,
+        teacher: Head | None,
+        rows_N: Tensor | None,
+        *,
+        dtype: torch.dtype,
+        workspace_bytes: int,
+        copies: int,
+    ) -> None:
+        """`copies`: how many more tensors of the block's shape the caller makes."""
+        self.heads = [student] if teacher is None else [student, teacher]
+        self.rows_N, self.dtype = rows_N, dtype
+        self.num_tokens = len(student.hidden_ND) if rows_N is None else len(rows_N)
+        self.vocabulary = len(student.weight_VD)
+        size = dtype.itemsize
+        widths = [h.weight_VD.shape[1] for h in self.heads]
+        # The student's block is widened and its gradient summed beside it; the gathered columns of
+        # a filter need as much.
+        column = 2 * widths[0] * size + sum(_wide_columns_bytes(h, dtype) for h in self.heads)
+        self.tokens = max(1, min(MAX_CHUNK_TOKENS, self.num_tokens))
+        while True:
+            left = workspace_bytes - self.tokens * sum(widths) * size
+            self.columns = left // (column + self.tokens * (len(self.heads) + copies) * size)
+            if self.columns >= min(MIN_BLOCK_COLUMNS, self.vocabulary) or self.tokens == 1:
+                break
+            self.tokens = (self.tokens + 1) // 2
+        if self.columns < 1:
+            raise too_small(workspace_bytes, 2 * (column + sum(widths) * size + 8 * size))
+        self.columns = min(self.columns, self.vocabulary)
+        shape = (self.tokens * self.columns,)
+        self.buffers = [torch.empty(shape, dtype=dtype) for _ in self.heads]
+
+    def vocabulary_blocks(self) -> Iterator[slice]:
+        """The vocabulary in blocks."""
+        return slices(self.vocabulary, self.columns)
+
+    def chunks(self) -> Iterator[slice]:
+        """The trained tokens in chunks."""
+        return slices(self.num_tokens, self.tokens)
+
+    def widened(self, block: slice) -> list[tuple[Tensor, Tensor | None]]:
+        """Weight and bias of the block, of student and teacher, in the dtype of the sums."""
+        return [widened(head, block, self.dtype) for head in self.heads]
+
+    def project(
+        self, chunk: slice, hidden_RD: Tensor, heads: list[tuple[Tensor, Tensor | None]]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Raw logits of the block, (R, B), of the student (its hidden rows are given) and the
+        teacher.
+        """
+        R, B = len(hidden_RD), len(heads[0][0])
+        hidden = [hidden_RD]
+        hidden += [hidden_rows(h, self.rows_N, chunk, self.dtype) for h in self.heads[1:]]
+        logits = []
+        for rows_RD, (weight_BD, bias_B), buffer in zip(hidden, heads, self.buffers, strict=True):
+            out_RB = buffer[: R * B].view(R, B)
+            project(out_RB, rows_RD, weight_BD, bias_B)
+            logits.append(out_RB)
+        return logits[0], logits[1] if len(logits) > 1 else None
+
+
+def too_small(workspace_bytes: int, wanted_bytes: int) -> InputError:
+    """The error of a workspace in which not even one token fits."""
+    mib = wanted_bytes / 2**20
+    return InputError(
+        f"policy_head: workspace_mb={workspace_bytes / 2**20:g} holds not even one token of this "
+        f"vocabulary; "
+        f"give workspace_mb={mib:.2g} or more"
+    )

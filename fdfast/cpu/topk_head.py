@@ -1,0 +1,31 @@
+"""topk_head on the CPU: a chunk of tokens against the whole vocabulary in a bounded workspace.
+
+Legend: N tokens, D hidden, V vocabulary, K top-k, R tokens of a chunk.
+"""
+
+import torch
+from torch import Tensor
+
+from fdfast.cpu.blocks import RowBlocks, call
+from fdfast.reference import statistics_dtype
+from fdfast.types import Head
+
+
+def topk_head_fwd(
+    head: Head, k: int, *, temperature: float, workspace_bytes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ids (N, K), log-probabilities (N, K) and their summed probability (N,)."""
+    N, V = len(head.hidden_ND), len(head.weight_VD)
+    dtype = statistics_dtype(head.hidden_ND, head.weight_VD)
+    ids_NK = torch.zeros(N, k, dtype=torch.int64)
+    logprobs_NK = torch.zeros(N, k, dtype=torch.float64)
+    blocks = RowBlocks(head, None, None, dtype=dtype, workspace_bytes=workspace_bytes)
+    for rows in blocks.chunks():
+        logits_RV, _ = blocks.project(rows)
+        logits_RV /= temperature
+        norm_R2 = torch.zeros(len(logits_RV), 2, dtype=torch.float64)
+        call("row_norms", dtype, logits_RV, len(logits_RV), V, torch.get_num_threads(), norm_R2)
+        top = logits_RV.topk(k, dim=1)
+        ids_NK[rows] = top.indices
+        logprobs_NK[rows] = (top.values.double() - norm_R2[:, :1]) - norm_R2[:, 1:]
+    return ids_NK, logprobs_NK.to(dtype), logprobs_NK.exp().sum(1).to(dtype)
