@@ -43,7 +43,8 @@ FDFAST_INLINE float exp_(float x) {
   std::memcpy(&power, &scale, 4);
   return x < -87.0f ? 0.0f : y * power;
 }
-FDFAST_INLINE double exp_(double x) { return std::exp(x); }
+// Clamped like the float one: p and e^(t - s) never become a subnormal and an infinity whose product is NaN.
+FDFAST_INLINE double exp_(double x) { return x < -708.0 ? 0.0 : std::exp(std::min(x, 708.0)); }
 
 // log x for x > 0 normal: x = m 2^e with m in [1/sqrt2, sqrt2), log m by a polynomial in m - 1.
 FDFAST_INLINE float log_(float x) {
@@ -88,6 +89,7 @@ FDFAST_INLINE float log1p_(float y) {
   return lost == 0.0f ? y : (u > 1e30f ? log_(u) : log_(u) * (y / lost));
 }
 FDFAST_INLINE double log1p_(double y) { return std::log1p(y); }
+FDFAST_INLINE double log_(double x) { return std::log(x); }
 
 // p_b - p_a - p_a x where x = log(p_b / p_a), that is p_a phi(x): one outcome's share of KL(a || b).
 template <typename T>
@@ -95,6 +97,15 @@ FDFAST_INLINE T kl_term(T p_a, T p_b, T x) {
   const T far = p_b - p_a - p_a * x;
   const T near = p_a * phi_near(x);
   return p_a == T(0) ? p_b : (std::abs(x) < T(kNear) ? near : far);
+}
+
+// log(rest + weight e^x) with rest + weight = 1: the log of a mixture over one of its parts. Where the mixture is far below that part,
+// log1p of a number near -1 would have lost it.
+template <typename T>
+FDFAST_INLINE T log_mix(T rest, T weight, T x) {
+  const T e = expm1_(x) * weight;
+  const T far = log_(rest + weight * exp_(x));
+  return e < T(-0.5) ? far : log1p_(e);
 }
 
 template <typename T>
@@ -114,7 +125,7 @@ FDFAST_INLINE T dz_draw(T z, T softcap, T inv_temperature) {
 
 // Outcome by outcome: f(t, s) as a non-negative term, and the term whose sum is the row's center.
 template <Divergence kind, typename T>
-FDFAST_INLINE void divergence_terms(T p, T p_t, T d, T alpha, T& value, T& center) {
+FDFAST_INLINE void divergence_terms(T p, T p_t, T d, T alpha, T rest, T& value, T& center) {
   if constexpr (kind == Divergence::forward_kl) {
     value = kl_term(p_t, p, -d);
     center = T(0);
@@ -122,34 +133,34 @@ FDFAST_INLINE void divergence_terms(T p, T p_t, T d, T alpha, T& value, T& cente
     value = kl_term(p, p_t, d);
     center = value;
   } else {
-    const T p_m = alpha * p_t + (T(1) - alpha) * p;
-    const T teacher_part = kl_term(p_t, p_m, log1p_((T(1) - alpha) * expm1_(-d)));
+    const T p_m = alpha * p_t + (rest) * p;
+    const T teacher_part = kl_term(p_t, p_m, log_mix(alpha, rest, -d));
     if constexpr (kind == Divergence::jsd) {
-      const T student_part = kl_term(p, p_m, log1p_(alpha * expm1_(d)));
-      value = alpha * teacher_part + (T(1) - alpha) * student_part;
+      const T student_part = kl_term(p, p_m, log_mix(rest, alpha, d));
+      value = alpha * teacher_part + (rest) * student_part;
       center = student_part;
     } else {
       const T x = expm1_(d);
       value = teacher_part;
-      center = p == T(0) ? T(0) : p * ((T(1) - alpha) * x / (T(1) + alpha * x));
+      center = p == T(0) ? T(0) : p * ((rest) * x / (T(1) + alpha * x));
     }
   }
 }
 
 // d(divergence)/dz of one outcome.
 template <Divergence kind, typename T>
-FDFAST_INLINE T divergence_grad(T p, T p_t, T d, T alpha, T center) {
+FDFAST_INLINE T divergence_grad(T p, T p_t, T d, T alpha, T rest, T center) {
   if constexpr (kind == Divergence::forward_kl) {
     return std::abs(d) < T(kNear) ? -p * (d + phi_near(d)) : p - p_t;
   } else if constexpr (kind == Divergence::reverse_kl) {
     return p == T(0) ? T(0) : p * (-d - center);
   } else if constexpr (kind == Divergence::jsd) {
-    const T l = log1p_(alpha * expm1_(d));
-    return p == T(0) ? T(0) : (T(1) - alpha) * p * (-l - center);
+    const T l = log_mix(rest, alpha, d);
+    return p == T(0) ? T(0) : (rest) * p * (-l - center);
   } else {
     const T x = expm1_(d);
-    const T q = (T(1) - alpha) * x / (T(1) + alpha * x);
-    return p == T(0) ? T(0) : -(T(1) - alpha) * p * (q - center);
+    const T q = (rest) * x / (T(1) + alpha * x);
+    return p == T(0) ? T(0) : -(rest) * p * (q - center);
   }
 }
 
@@ -196,7 +207,8 @@ FDFAST_INLINE RowNorm norm_row(const T* z, int64_t V, double* weighted) {
 template <Divergence kind, typename T>
 FDFAST_INLINE void divergence_row(const T* s, const T* t, int64_t V, RowNorm n, RowNorm m, double alpha_, double* value,
                                   double* center) {
-  const T top = n.max, log_sum = n.log_sum, t_top = m.max, t_log_sum = m.log_sum, alpha = alpha_;
+  const T top = n.max, log_sum = n.log_sum, t_top = m.max, t_log_sum = m.log_sum;
+  const T alpha = alpha_, rest = 1.0 - alpha_;
   const T shift = m.log_sum - n.log_sum;
   double sum = 0.0, center_sum = 0.0;
   for (int64_t begin = 0; begin < V; begin += kStrip) {
@@ -206,7 +218,7 @@ FDFAST_INLINE void divergence_row(const T* s, const T* t, int64_t V, RowNorm n, 
     for (int64_t v = begin; v < end; ++v) {
       const T a = s[v] - top, b = t[v] - t_top;
       T term, center_term;
-      divergence_terms<kind>(exp_(a - log_sum), exp_(b - t_log_sum), (b - a) - shift, alpha, term, center_term);
+      divergence_terms<kind>(exp_(a - log_sum), exp_(b - t_log_sum), (b - a) - shift, alpha, rest, term, center_term);
       strip += term;
       strip_center += center_term;
     }
@@ -221,7 +233,7 @@ template <Divergence kind, typename T>
 FDFAST_INLINE void grad_row(T* s, const T* t, int64_t V, const HeadMath& math, RowNorm n, RowNorm m, double center_,
                             double coef_p, double coef_plogp, double coef_divergence) {
   const T top = n.max, log_sum = n.log_sum, t_top = m.max, t_log_sum = m.log_sum, shift = m.log_sum - n.log_sum;
-  const T alpha = math.alpha, center = center_, cp = coef_p, cl = coef_plogp, cd = coef_divergence;
+  const T alpha = math.alpha, rest = 1.0 - math.alpha, center = center_, cp = coef_p, cl = coef_plogp, cd = coef_divergence;
   const T cap = math.softcap, inv = math.inv_temperature, t_inv = math.teacher_inv_temperature;
 #pragma omp simd
   for (int64_t v = 0; v < V; ++v) {
@@ -231,7 +243,7 @@ FDFAST_INLINE void grad_row(T* s, const T* t, int64_t V, const HeadMath& math, R
     const T p = exp_(log_p);
     const T b = tempered(t[v], cap, t_inv) - t_top;
     const T direct = p == T(0) ? T(0) : p * (cp + cl * log_p);
-    const T toward = divergence_grad<kind>(p, exp_(b - t_log_sum), (b - a) - shift, alpha, center);
+    const T toward = divergence_grad<kind>(p, exp_(b - t_log_sum), (b - a) - shift, alpha, rest, center);
     s[v] = (direct + cd * toward) * dz_draw(z, cap, inv);
   }
 }
@@ -321,7 +333,7 @@ void head_stats(T* student, T* teacher, int64_t R, int64_t V, const int64_t* tar
     norm[r] = norm_loop(s, V, &weighted);
     logprob[r] = (static_cast<double>(s[targets[r]]) - norm[r].max) - norm[r].log_sum;
     entropy[r] = norm[r].log_sum - weighted;
-    argmax[r] = std::find(s, s + V, static_cast<T>(norm[r].max)) - s;
+    argmax[r] = std::min<int64_t>(std::find(s, s + V, static_cast<T>(norm[r].max)) - s, V - 1);  // V: all NaN
     divergence[r] = center[r] = 0.0;
     if (teacher == nullptr) return;
     T* t = teacher + r * V;

@@ -5,6 +5,7 @@ Legend: ... any leading shape, M tokens, N trained (unmasked) tokens, D hidden, 
 top-k.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fdfast import reference
+from fdfast.checks import check_head, check_ids, check_positive
 from fdfast.dispatch import backend_for
 from fdfast.divergences import TABLE, TAILS
 from fdfast.types import Head, HeadOptions, PolicyHead, TeacherHidden, TeacherTopK
@@ -87,8 +89,9 @@ def policy_head(
     Logits are softcap(hidden @ weight.T + bias) / temperature, float32 (float64 if an input is)
     whatever the dtype of
     the inputs, and never all stored. Any mix of the differentiable outputs may reach the loss. Same
-    inputs, same result
-    on one machine and backend. Under torch.compile the call is a graph break.
+    inputs, same
+    result on one machine, backend and number of threads. Under torch.compile the call is a graph
+    break.
 
     Args:
         hidden: (..., D) floating, the student's last hidden states; differentiable.
@@ -122,13 +125,22 @@ def policy_head(
     options = _options(
         temperature, teacher, logit_softcap, divergence, alpha, tail, grad_filter, workspace_mb
     )
-    _check_shapes(hidden, weight, targets, bias, mask)
+    check_head("policy_head", hidden, weight, bias)
+    for name, tensor in (("targets", targets), ("mask", mask)):
+        if tensor is not None and tensor.shape != hidden.shape[:-1]:
+            raise ValueError(
+                f"policy_head: {name} must have the shape of hidden without its last dimension, "
+                f"{tuple(hidden.shape[:-1])}; got {tuple(tensor.shape)}"
+            )
     shape = targets.shape
     hidden_MD = hidden.reshape(-1, hidden.shape[-1])
     rows_N = None if mask is None else mask.reshape(-1).to(torch.bool).nonzero().squeeze(1)
     targets_N = _trained(targets.reshape(-1), rows_N).contiguous()
-    _check_range("targets", targets_N, len(weight))
+    check_ids("policy_head", "targets", targets_N, len(weight))
     flat_teacher = _flat_teacher(teacher, shape, rows_N, len(weight))
+    if isinstance(flat_teacher, TeacherTopK) and flat_teacher.ids.shape[-1] == len(weight):
+        # Nothing is left for a bucket: the rounding of the teacher's mass would become its tail.
+        options = dataclasses.replace(options, tail="truncate") if tail == "bucket" else options
     module = backend_for("policy_head", hidden, backend)
     dropped_M = hidden.new_zeros(len(hidden_MD), dtype=reference.statistics_dtype(hidden, weight))
 
@@ -172,14 +184,15 @@ def _options(
     workspace_mb: float,
 ) -> HeadOptions:
     teacher_temperature = teacher.temperature if isinstance(teacher, TeacherHidden) else 1.0
-    for name, value in (
-        ("temperature", temperature),
-        ("teacher.temperature", teacher_temperature),
-        ("logit_softcap", logit_softcap),
-        ("workspace_mb", workspace_mb),
-    ):
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"policy_head: {name} must be positive and finite; got {value}")
+    check_positive(
+        "policy_head",
+        {
+            "temperature": temperature,
+            "teacher.temperature": teacher_temperature,
+            "logit_softcap": logit_softcap,
+            "workspace_mb": workspace_mb,
+        },
+    )
     for name, choice, known in (("divergence", divergence, tuple(TABLE)), ("tail", tail, TAILS)):
         if choice not in known:
             raise ValueError(
@@ -203,46 +216,6 @@ def _options(
     )
 
 
-def _check_shapes(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, mask: Tensor | None
-) -> None:
-    D = hidden.shape[-1] if hidden.dim() else 0
-    if not hidden.is_floating_point() or not weight.is_floating_point():
-        raise TypeError(
-            f"policy_head: hidden and weight must be floating; got {hidden.dtype} and "
-            f"{weight.dtype}"
-        )
-    if targets.dtype != torch.int64:
-        raise TypeError(f"policy_head: targets must be int64; got {targets.dtype}; use .long()")
-    if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != D or not len(weight):
-        raise ValueError(
-            f"policy_head: weight must have shape (V, D) with D = {D} and V > 0; got "
-            f"{tuple(weight.shape)}"
-        )
-    for name, tensor in (("targets", targets), ("mask", mask)):
-        if tensor is not None and tensor.shape != hidden.shape[:-1]:
-            raise ValueError(
-                f"policy_head: {name} must have the shape of hidden without its last dimension, "
-                f"{tuple(hidden.shape[:-1])}; got {tuple(tensor.shape)}"
-            )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"policy_head: bias must have shape ({len(weight)},); got {tuple(bias.shape)}"
-        )
-
-
-def _check_range(name: str, ids: Tensor, V: int) -> None:
-    """Token ids lie in the vocabulary; on a GPU the check would stall the stream, so it is left to
-    the kernels.
-    """
-    if ids.device.type == "cpu" and ids.numel() and (ids.min() < 0 or ids.max() >= V):
-        bad = ids[(ids < 0) | (ids >= V)][0].item()
-        raise ValueError(
-            f"policy_head: {name} must lie in [0, {V}); got {bad}; mask positions that have no "
-            f"token"
-        )
-
-
 def _flat_teacher(
     teacher: TeacherHidden | TeacherTopK | None, shape: torch.Size, rows_N: Tensor | None, V: int
 ) -> Head | TeacherTopK | None:
@@ -259,15 +232,22 @@ def _flat_teacher(
                 f"with 1 <= K <= {V}; "
                 f"got {tuple(ids.shape)} and {tuple(logprobs.shape)}"
             )
+        if not logprobs.is_floating_point():
+            raise TypeError(f"policy_head: teacher.logprobs must be floating; got {logprobs.dtype}")
         K = ids.shape[-1]
         ids_NK = _trained(ids.reshape(-1, K), rows_N).contiguous()
-        _check_range("teacher.ids", ids_NK, V)
+        check_ids("policy_head", "teacher.ids", ids_NK, V)
         ordered_NK = ids_NK.sort(-1).values
         if ids.device.type == "cpu" and (ordered_NK[:, 1:] == ordered_NK[:, :-1]).any():
             raise ValueError(
                 "policy_head: teacher.ids must be distinct within a token; got a repeated id"
             )
         return TeacherTopK(ids_NK, _trained(logprobs.reshape(-1, K), rows_N))
+    if not isinstance(teacher, TeacherHidden):
+        raise TypeError(
+            "policy_head: teacher must be TeacherHidden, TeacherTopK or None; got "
+            f"{type(teacher).__name__}"
+        )
     D, bias = teacher.hidden.shape[-1], teacher.bias
     if teacher.hidden.shape[:-1] != shape:
         raise ValueError(

@@ -77,7 +77,9 @@ def divergence_on_topk(
     """
     if tail == "bucket":
         assert s_tail_N is not None
-        t_tail_N1 = torch.log1p(-t_NK.exp().sum(-1, keepdim=True).clamp(max=1.0))
+        # A peaked teacher's rounded mass reaches 1; a tail of exactly 0 would make reverse_kl inf.
+        most = 1.0 - torch.finfo(t_NK.dtype).eps
+        t_tail_N1 = torch.log1p(-t_NK.exp().sum(-1, keepdim=True).clamp(max=most))
         t_NK, s_NK = torch.cat([t_NK, t_tail_N1], -1), torch.cat([s_NK, s_tail_N[:, None]], -1)
     elif tail == "renormalize":
         t_NK, s_NK = t_NK.log_softmax(-1), s_NK.log_softmax(-1)
@@ -104,7 +106,9 @@ def filter_gradient(gradient_NV: Tensor, share: float) -> tuple[Tensor, Tensor]:
     total_N1 = magnitude_NV.sum(-1, keepdim=True)
     small_NV = magnitude_NV.cumsum(-1) <= share * total_N1
     drop_NV = torch.zeros_like(small_NV).scatter(-1, order_NV, small_NV)
-    dropped_N = (magnitude_NV * small_NV).sum(-1) / total_N1.squeeze(-1).clamp(min=1e-300)
+    dropped_N = (magnitude_NV * small_NV).sum(-1) / total_N1.squeeze(-1).clamp(
+        min=torch.finfo(gradient_NV.dtype).tiny
+    )
     return gradient_NV.masked_fill(drop_NV, 0.0), dropped_N
 
 
@@ -150,9 +154,12 @@ def policy_head(
     return logprobs(z_NV, targets_N), entropy(z_NV), divergence_N, mass_N, z_NV.argmax(-1)
 
 
-def topk_head(head: Head, k: int, *, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def topk_head(
+    head: Head, k: int, *, temperature: float = 1.0, logit_softcap: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """ids (N, K), log-probabilities (N, K) and their summed probability (N,)."""
-    top = logits(head, temperature=temperature).log_softmax(-1).topk(k, dim=-1)
+    z_NV = logits(head, temperature=temperature, logit_softcap=logit_softcap)
+    top = z_NV.log_softmax(-1).topk(k, dim=-1)
     return top.indices, top.values, top.values.exp().sum(-1)
 
 
@@ -201,7 +208,10 @@ def token_objective(
     if loss_type == "cispo":
         loss = -ratio.clamp(max=epsilon_high).detach() * advantages * logprobs
     elif loss_type == "sapo":
-        tau = torch.where(advantages > 0, sapo_temperature_pos, sapo_temperature_neg)
+        tau_pos, tau_neg = (
+            ratio.new_tensor(t) for t in (sapo_temperature_pos, sapo_temperature_neg)
+        )
+        tau = torch.where(advantages > 0, tau_pos, tau_neg)
         loss = -advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
     else:
         clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)

@@ -84,7 +84,9 @@ class RowBlocks:
         *,
         dtype: torch.dtype,
         workspace_bytes: int,
+        operation: str = "policy_head",
     ) -> None:
+        self.teacher = teacher
         self.heads = [student] if teacher is None else [student, teacher]
         self.rows_N, self.dtype = rows_N, dtype
         self.num_tokens = len(student.hidden_ND) if rows_N is None else len(rows_N)
@@ -94,10 +96,10 @@ class RowBlocks:
         if wide:  # a quarter of the workspace holds the widened copy
             self.columns = max(1, min(self.vocabulary, workspace_bytes // 4 // wide))
         row_bytes = sum(self.vocabulary + h.weight_VD.shape[1] for h in self.heads) * dtype.itemsize
-        left = workspace_bytes - wide * self.columns * bool(wide)
+        left = workspace_bytes - wide * self.columns
         self.tokens = min(MAX_CHUNK_TOKENS, self.num_tokens, left // row_bytes)
         if self.tokens < 1 and self.num_tokens:
-            raise too_small(workspace_bytes, 2 * row_bytes + 4 * wide)
+            raise too_small(operation, workspace_bytes, 2 * row_bytes + 4 * wide)
         shape = (max(1, self.tokens) * self.vocabulary,)
         self.buffers = [torch.empty(shape, dtype=dtype) for _ in self.heads]
 
@@ -116,6 +118,40 @@ class RowBlocks:
                 project(out_RV[:, block], hidden_RD, *widened(head, block, self.dtype))
             logits.append(out_RV)
         return logits[0], logits[1] if len(logits) > 1 else None
+
+
+def tile_shape(
+    student: Head,
+    teacher: Head | None,
+    num_tokens: int,
+    dtype: torch.dtype,
+    workspace_bytes: int,
+    *,
+    copies: int,
+) -> tuple[int, int]:
+    """Tokens and vocabulary columns of the blocks that fit, with `copies` more of their shape.
+
+    Raises:
+        InputError: not even one token with one column fits.
+    """
+    V, size = len(student.weight_VD), dtype.itemsize
+    widths = [h.weight_VD.shape[1] for h in (student, teacher) if h is not None]
+    # A block is widened and its gradient summed beside it; a filter gathers its columns and
+    # their product once more.
+    column = _wide_columns_bytes(student, dtype) + _wide_columns_bytes(teacher, dtype)
+    column += _wide_columns_bytes(student, dtype) + 2 * widths[0] * size * bool(copies)
+    column += 4 * size  # bias, its gradient, the filter's columns
+    row = (sum(widths) + widths[0]) * size  # hidden rows of both heads, a product of the student's
+    tokens = max(1, min(MAX_CHUNK_TOKENS, num_tokens))
+    while True:
+        logits = (len(widths) + copies) * size
+        columns = (workspace_bytes - tokens * row) // (column + tokens * logits)
+        if columns >= min(MIN_BLOCK_COLUMNS, V) or tokens == 1:
+            break
+        tokens = (tokens + 1) // 2
+    if columns < 1:
+        raise too_small("policy_head", workspace_bytes, 2 * (column + row + logits))
+    return tokens, min(columns, V)
 
 
 class TileBlocks:
@@ -138,21 +174,9 @@ class TileBlocks:
         self.rows_N, self.dtype = rows_N, dtype
         self.num_tokens = len(student.hidden_ND) if rows_N is None else len(rows_N)
         self.vocabulary = len(student.weight_VD)
-        size = dtype.itemsize
-        widths = [h.weight_VD.shape[1] for h in self.heads]
-        # The student's block is widened and its gradient summed beside it; the gathered columns of
-        # a filter need as much.
-        column = 2 * widths[0] * size + sum(_wide_columns_bytes(h, dtype) for h in self.heads)
-        self.tokens = max(1, min(MAX_CHUNK_TOKENS, self.num_tokens))
-        while True:
-            left = workspace_bytes - self.tokens * sum(widths) * size
-            self.columns = left // (column + self.tokens * (len(self.heads) + copies) * size)
-            if self.columns >= min(MIN_BLOCK_COLUMNS, self.vocabulary) or self.tokens == 1:
-                break
-            self.tokens = (self.tokens + 1) // 2
-        if self.columns < 1:
-            raise too_small(workspace_bytes, 2 * (column + sum(widths) * size + 8 * size))
-        self.columns = min(self.columns, self.vocabulary)
+        self.tokens, self.columns = tile_shape(
+            student, teacher, self.num_tokens, dtype, workspace_bytes, copies=copies
+        )
         shape = (self.tokens * self.columns,)
         self.buffers = [torch.empty(shape, dtype=dtype) for _ in self.heads]
 
@@ -185,11 +209,10 @@ class TileBlocks:
         return logits[0], logits[1] if len(logits) > 1 else None
 
 
-def too_small(workspace_bytes: int, wanted_bytes: int) -> InputError:
+def too_small(operation: str, workspace_bytes: int, wanted_bytes: int) -> InputError:
     """The error of a workspace in which not even one token fits."""
     mib = wanted_bytes / 2**20
     return InputError(
-        f"policy_head: workspace_mb={workspace_bytes / 2**20:g} holds not even one token of this "
-        f"vocabulary; "
-        f"give workspace_mb={mib:.2g} or more"
+        f"{operation}: workspace_mb={workspace_bytes / 2**20:.3g} holds not even one token of this "
+        f"vocabulary; give workspace_mb={mib:.2g} or more"
     )

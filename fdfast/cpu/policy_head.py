@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fdfast import _cpu
-from fdfast.cpu.blocks import RowBlocks, TileBlocks, call, hidden_rows
+from fdfast.cpu.blocks import RowBlocks, TileBlocks, call, hidden_rows, tile_shape
 from fdfast.divergences import NEG_INF, TABLE
 from fdfast.reference import divergence_on_topk, statistics_dtype
 from fdfast.types import Head, HeadOptions, TeacherTopK
@@ -64,6 +64,13 @@ def _head_math(options: HeadOptions) -> _cpu.HeadMath:
     )
 
 
+def _filter_copies(options: HeadOptions) -> int:
+    """Tensors of a block's shape that a filter makes: magnitudes, the gathered ones, those in
+    float64.
+    """
+    return 0 if options.grad_filter is None else 4
+
+
 def policy_head_fwd(
     student: Head,
     targets_N: Tensor,
@@ -101,6 +108,15 @@ def policy_head_fwd(
         rows_N,
         dtype=dtype,
         workspace_bytes=options.workspace_bytes,
+    )
+    # A workspace that is too small for the backward pass is an error before any work is done.
+    tile_shape(
+        student,
+        blocks.teacher,
+        N,
+        dtype,
+        options.workspace_bytes,
+        copies=_filter_copies(options),
     )
     threads = torch.get_num_threads()
     for rows in blocks.chunks():
@@ -307,7 +323,7 @@ def policy_head_bwd(
         rows_N,
         dtype=dtype,
         workspace_bytes=options.workspace_bytes,
-        copies=3 if filtered else 0,
+        copies=_filter_copies(options),
     )
     for block in blocks.vocabulary_blocks():
         heads = blocks.widened(block)
@@ -324,6 +340,7 @@ def policy_head_bwd(
                 magnitude_RB = dlogits_RB.abs()
                 columns = (magnitude_RB >= threshold_N[rows, None]).any(0).nonzero().squeeze(1)
                 kept_N[rows] += magnitude_RB[:, columns].sum(1, dtype=torch.float64)
+                del magnitude_RB
             _add_products(
                 dlogits_RB, columns, hidden_RD, weight_BD, sum_BD, dhidden_MD, rows_N, rows
             )
@@ -331,9 +348,10 @@ def policy_head_bwd(
                 dbias_V[block] += dlogits_RB.sum(0)
         if dweight_VD is not None and sum_BD is not None and dweight_VD.dtype != dtype:
             dweight_VD[block] = sum_BD
-    dropped_N = (1.0 - kept_N / total_N.clamp(min=1e-300)).clamp(min=0.0)
-    if not filtered:
-        dropped_N.zero_()
+        del heads, weight_BD, sum_BD  # before the next block's are made
+    dropped_N = torch.zeros_like(kept_N)
+    if filtered:  # a token whose gradient is 0 loses nothing
+        dropped_N = torch.where(total_N > 0, 1.0 - kept_N / total_N, 0.0).clamp(min=0.0)
     if dhidden_MD is not None:
         dhidden_MD = dhidden_MD.to(hidden_MD.dtype)
     if dbias_V is not None and bias_V is not None:

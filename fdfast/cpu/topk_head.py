@@ -12,16 +12,20 @@ from fdfast.types import Head
 
 
 def topk_head_fwd(
-    head: Head, k: int, *, temperature: float, workspace_bytes: int
+    head: Head, k: int, *, temperature: float, logit_softcap: float | None, workspace_bytes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ids (N, K), log-probabilities (N, K) and their summed probability (N,)."""
     N, V = len(head.hidden_ND), len(head.weight_VD)
     dtype = statistics_dtype(head.hidden_ND, head.weight_VD)
     ids_NK = torch.zeros(N, k, dtype=torch.int64)
     logprobs_NK = torch.zeros(N, k, dtype=torch.float64)
-    blocks = RowBlocks(head, None, None, dtype=dtype, workspace_bytes=workspace_bytes)
+    blocks = RowBlocks(
+        head, None, None, dtype=dtype, workspace_bytes=workspace_bytes, operation="topk_head"
+    )
     for rows in blocks.chunks():
         logits_RV, _ = blocks.project(rows)
+        if logit_softcap is not None:
+            logits_RV.div_(logit_softcap).tanh_().mul_(logit_softcap)
         logits_RV /= temperature
         norm_R2 = torch.zeros(len(logits_RV), 2, dtype=torch.float64)
         call("row_norms", dtype, logits_RV, len(logits_RV), V, torch.get_num_threads(), norm_R2)

@@ -207,7 +207,8 @@ class GRPOLoss(torch.nn.Module):
         if advantages.dim() == 1:
             advantages = advantages[:, None]
         logprobs = head.logprobs
-        # Masked positions must not carry NaN into a sum over the sequence.
+        # Masked positions must not carry NaN into a sum over the sequence, nor into its gradient.
+        advantages = torch.where(trained, advantages, 0.0)
         old = logprobs.detach() if old_logprobs is None else torch.where(trained, old_logprobs, 0.0)
         log_ratio = logprobs - old
         weights = log_ratio
@@ -225,9 +226,7 @@ class GRPOLoss(torch.nn.Module):
             sapo_temperature_pos=self.sapo_temperature_pos,
             sapo_temperature_neg=self.sapo_temperature_neg,
         )
-        metrics = self._clip_metrics(
-            weights.detach().exp().expand_as(logprobs), advantages, trained
-        )
+        metrics = self._clip_metrics(weights.detach().exp(), advantages, trained)
         if sampling_logprobs is not None:
             correction = self._sampling_correction(old, sampling_logprobs, trained, metrics)
             per_token = per_token * correction
@@ -287,8 +286,12 @@ class GRPOLoss(torch.nn.Module):
     def _clip_metrics(
         self, ratio: Tensor, advantages: Tensor, trained: Tensor
     ) -> dict[str, Tensor]:
+        counted = trained
+        if ratio.shape[1] == 1 and advantages.shape[1] == 1:  # one value a sequence, as TRL counts
+            counted = trained.any(1, keepdim=True)
+
         def share(clipped: Tensor) -> Tensor:
-            return masked_mean(clipped.to(ratio.dtype), trained)
+            return masked_mean(clipped.expand_as(counted).to(ratio.dtype), counted)
 
         if self.loss_type == "sapo":
             return {}

