@@ -113,13 +113,16 @@ FDFAST_INLINE T tanh_(T y) {
   const T e = expm1_(std::min(y, T(20)) * T(2));
   return e / (e + T(2));
 }
-template <typename T>
+// z of a raw logit, and dz/draw. `capped` is known at compile time, so that plain heads do not pay for a tanh.
+template <bool capped, typename T>
 FDFAST_INLINE T tempered(T raw, T softcap, T inv_temperature) {
-  return (softcap > T(0) ? softcap * tanh_(raw / softcap) : raw) * inv_temperature;
+  if constexpr (capped) raw = softcap * tanh_(raw / softcap);
+  return raw * inv_temperature;
 }
-template <typename T>
+template <bool capped, typename T>
 FDFAST_INLINE T dz_draw(T z, T softcap, T inv_temperature) {
-  const T u = softcap > T(0) ? z / (inv_temperature * softcap) : T(0);
+  if constexpr (!capped) return inv_temperature;
+  const T u = z / (inv_temperature * softcap);
   return (T(1) - u * u) * inv_temperature;
 }
 
@@ -133,16 +136,16 @@ FDFAST_INLINE void divergence_terms(T p, T p_t, T d, T alpha, T rest, T& value, 
     value = kl_term(p, p_t, d);
     center = value;
   } else {
-    const T p_m = alpha * p_t + (rest) * p;
+    const T p_m = alpha * p_t + rest * p;
     const T teacher_part = kl_term(p_t, p_m, log_mix(alpha, rest, -d));
     if constexpr (kind == Divergence::jsd) {
       const T student_part = kl_term(p, p_m, log_mix(rest, alpha, d));
-      value = alpha * teacher_part + (rest) * student_part;
+      value = alpha * teacher_part + rest * student_part;
       center = student_part;
     } else {
       const T x = expm1_(d);
       value = teacher_part;
-      center = p == T(0) ? T(0) : p * ((rest) * x / (T(1) + alpha * x));
+      center = p == T(0) ? T(0) : p * (rest * x / (T(1) + alpha * x));
     }
   }
 }
@@ -156,11 +159,11 @@ FDFAST_INLINE T divergence_grad(T p, T p_t, T d, T alpha, T rest, T center) {
     return p == T(0) ? T(0) : p * (-d - center);
   } else if constexpr (kind == Divergence::jsd) {
     const T l = log_mix(rest, alpha, d);
-    return p == T(0) ? T(0) : (rest) * p * (-l - center);
+    return p == T(0) ? T(0) : rest * p * (-l - center);
   } else {
     const T x = expm1_(d);
-    const T q = (rest) * x / (T(1) + alpha * x);
-    return p == T(0) ? T(0) : -(rest) * p * (q - center);
+    const T q = rest * x / (T(1) + alpha * x);
+    return p == T(0) ? T(0) : -rest * p * (q - center);
   }
 }
 
@@ -168,9 +171,13 @@ constexpr int64_t kStrip = 4096;  // float sums run over a strip, strips are sum
 
 template <typename T>
 FDFAST_INLINE void temper_row(T* row, int64_t V, T softcap, T inv_temperature) {
-  if (softcap == T(0) && inv_temperature == T(1)) return;
+  if (softcap > T(0)) {
 #pragma omp simd
-  for (int64_t v = 0; v < V; ++v) row[v] = tempered(row[v], softcap, inv_temperature);
+    for (int64_t v = 0; v < V; ++v) row[v] = tempered<true>(row[v], softcap, inv_temperature);
+  } else if (inv_temperature != T(1)) {
+#pragma omp simd
+    for (int64_t v = 0; v < V; ++v) row[v] = tempered<false>(row[v], softcap, inv_temperature);
+  }
 }
 
 template <typename T>
@@ -229,34 +236,50 @@ FDFAST_INLINE void divergence_row(const T* s, const T* t, int64_t V, RowNorm n, 
   *center = center_sum;
 }
 
-template <Divergence kind, typename T>
+template <Divergence kind, bool capped, typename T>
 FDFAST_INLINE void grad_row(T* s, const T* t, int64_t V, const HeadMath& math, RowNorm n, RowNorm m, double center_,
                             double coef_p, double coef_plogp, double coef_divergence) {
   const T top = n.max, log_sum = n.log_sum, t_top = m.max, t_log_sum = m.log_sum, shift = m.log_sum - n.log_sum;
-  const T alpha = math.alpha, rest = 1.0 - math.alpha, center = center_, cp = coef_p, cl = coef_plogp, cd = coef_divergence;
+  const T alpha = math.alpha, rest = 1.0 - math.alpha, center = center_;
+  const T cp = coef_p, cl = coef_plogp, cd = coef_divergence;
   const T cap = math.softcap, inv = math.inv_temperature, t_inv = math.teacher_inv_temperature;
 #pragma omp simd
   for (int64_t v = 0; v < V; ++v) {
-    const T z = tempered(s[v], cap, inv);
+    const T z = tempered<capped>(s[v], cap, inv);
     const T a = z - top;
     const T log_p = a - log_sum;
     const T p = exp_(log_p);
-    const T b = tempered(t[v], cap, t_inv) - t_top;
+    const T b = tempered<capped>(t[v], cap, t_inv) - t_top;
     const T direct = p == T(0) ? T(0) : p * (cp + cl * log_p);
     const T toward = divergence_grad<kind>(p, exp_(b - t_log_sum), (b - a) - shift, alpha, rest, center);
-    s[v] = (direct + cd * toward) * dz_draw(z, cap, inv);
+    s[v] = (direct + cd * toward) * dz_draw<capped>(z, cap, inv);
   }
 }
-template <typename T>
+template <bool capped, typename T>
 FDFAST_INLINE void grad_row_alone(T* s, int64_t V, const HeadMath& math, RowNorm n, double coef_p, double coef_plogp) {
   const T top = n.max, log_sum = n.log_sum, cp = coef_p, cl = coef_plogp;
   const T cap = math.softcap, inv = math.inv_temperature;
 #pragma omp simd
   for (int64_t v = 0; v < V; ++v) {
-    const T z = tempered(s[v], cap, inv);
+    const T z = tempered<capped>(s[v], cap, inv);
     const T log_p = (z - top) - log_sum;
     const T p = exp_(log_p);
-    s[v] = (p == T(0) ? T(0) : p * (cp + cl * log_p)) * dz_draw(z, cap, inv);
+    s[v] = (p == T(0) ? T(0) : p * (cp + cl * log_p)) * dz_draw<capped>(z, cap, inv);
+  }
+}
+template <bool capped, typename T>
+FDFAST_INLINE void grad_dispatch(T* s, const T* t, int64_t V, const HeadMath& math, RowNorm n, RowNorm m, double center,
+                                 double cp, double cl, double cd) {
+  if (t == nullptr) return grad_row_alone<capped>(s, V, math, n, cp, cl);
+  switch (math.divergence) {
+    case Divergence::forward_kl:
+      return grad_row<Divergence::forward_kl, capped>(s, t, V, math, n, m, center, cp, cl, cd);
+    case Divergence::reverse_kl:
+      return grad_row<Divergence::reverse_kl, capped>(s, t, V, math, n, m, center, cp, cl, cd);
+    case Divergence::jsd:
+      return grad_row<Divergence::jsd, capped>(s, t, V, math, n, m, center, cp, cl, cd);
+    case Divergence::skew_kl:
+      return grad_row<Divergence::skew_kl, capped>(s, t, V, math, n, m, center, cp, cl, cd);
   }
 }
 
@@ -279,17 +302,8 @@ FDFAST_INLINE void grad_row_alone(T* s, int64_t V, const HeadMath& math, RowNorm
   }                                                                                                                    \
   FDFAST_CLONES void grad_loop(T* s, const T* t, int64_t V, const HeadMath& math, RowNorm n, RowNorm m, double center, \
                                double cp, double cl, double cd) {                                                      \
-    if (t == nullptr) return grad_row_alone(s, V, math, n, cp, cl);                                                    \
-    switch (math.divergence) {                                                                                         \
-      case Divergence::forward_kl:                                                                                     \
-        return grad_row<Divergence::forward_kl>(s, t, V, math, n, m, center, cp, cl, cd);                              \
-      case Divergence::reverse_kl:                                                                                     \
-        return grad_row<Divergence::reverse_kl>(s, t, V, math, n, m, center, cp, cl, cd);                              \
-      case Divergence::jsd:                                                                                            \
-        return grad_row<Divergence::jsd>(s, t, V, math, n, m, center, cp, cl, cd);                                     \
-      case Divergence::skew_kl:                                                                                        \
-        return grad_row<Divergence::skew_kl>(s, t, V, math, n, m, center, cp, cl, cd);                                 \
-    }                                                                                                                  \
+    if (math.softcap > 0.0) return grad_dispatch<true>(s, t, V, math, n, m, center, cp, cl, cd);                        \
+    return grad_dispatch<false>(s, t, V, math, n, m, center, cp, cl, cd);                                              \
   }
 FDFAST_ROW_LOOPS(float)
 FDFAST_ROW_LOOPS(double)
@@ -358,7 +372,9 @@ void head_grads(T* student, T* teacher, int64_t R, int64_t V, int64_t first, con
     const T cap = static_cast<T>(math.softcap), inv = static_cast<T>(math.inv_temperature);
     const auto inside = [&](int64_t v) { return v >= first && v < first + V; };
     const auto chained = [&](double dz, int64_t v) {  // reads the raw logit, so before the row is overwritten
-      return static_cast<T>(dz) * dz_draw(tempered(s[v - first], cap, inv), cap, inv);
+      const T raw = s[v - first];
+      const T slope = cap > T(0) ? dz_draw<true>(tempered<true>(raw, cap, inv), cap, inv) : inv;
+      return static_cast<T>(dz) * slope;
     };
     std::vector<std::pair<int64_t, T>> topk;
     for (int64_t k = r * K; k < (r + 1) * K; ++k) {

@@ -1,4 +1,7 @@
-"""The C++ extension built from csrc/: addresses are Tensor.data_ptr() of contiguous CPU tensors, 0 for null."""
+"""The C++ extension built from csrc/.
+
+Addresses are Tensor.data_ptr() of contiguous CPU tensors, 0 for null.
+"""
 
 class HeadMath:
     def __init__(

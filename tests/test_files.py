@@ -11,9 +11,14 @@ from fdfast.files import atomic_dir, atomic_file, build_once, cache_dir
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(OSError, match="disk"), atomic_file(path) as temporary:
-        temporary.write_text("new, but")
-        raise OSError("disk full")
+
+    def fill_the_disk():
+        with atomic_file(path) as temporary:
+            temporary.write_text("new, but")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk"):
+        fill_the_disk()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -31,9 +36,14 @@ def test_a_folder_is_replaced_whole_or_kept(tmp_path):
     path = tmp_path / "d"
     with atomic_dir(path) as temporary:
         (temporary / "a").write_text("old")
-    with pytest.raises(KeyboardInterrupt), atomic_dir(path) as temporary:
-        (temporary / "a").write_text("half")
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with atomic_dir(path) as temporary:
+            (temporary / "a").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert (path / "a").read_text() == "old"
     with atomic_dir(path) as temporary:
         (temporary / "b").write_text("new")

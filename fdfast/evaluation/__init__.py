@@ -1,0 +1,1 @@
+"""What a run came to: plots and one page that opens without a network."""

@@ -1,0 +1,124 @@
+"""`fdfast lean check` and `fdfast lean doctor`."""
+
+import argparse
+import json
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fdfast.data.jsonl import read_theorems
+from fdfast.errors import InputError
+from fdfast.files import cache_dir
+from fdfast.lean.check import Attempt, verify, verify_many
+from fdfast.lean.leanfile import Piece, read_pieces
+from fdfast.lean.screen import refuse_context
+from fdfast.lean.toolchain import Toolchain, find_lean
+from fdfast.lean.verdict import Verdict
+
+_CHECK = """Check every theorem of each FILE and print one line for each: `name: verdict`.
+
+A .lean file: each `theorem` (or `lemma`) at the left margin gets its own verdict. Its context is
+what stands above it in the file, without the theorems that were not proved: a later proof cannot
+rest on them. Definitions are taken as they are.
+
+A .jsonl file: the fields formal_statement, proof and header of each line, as in miniF2F.
+
+Exit status 0 when all are proved, 1 otherwise, 2 when a file cannot be read or Lean cannot be
+run."""
+
+
+def register(subparsers: "argparse._SubParsersAction[Any]") -> None:
+    """Add `lean check` and `lean doctor`; each sets `run`, which returns the exit status."""
+    lean = subparsers.add_parser("lean", help="check proofs with Lean 4")
+    commands = lean.add_subparsers(required=True, metavar="COMMAND")
+    check = commands.add_parser(
+        "check",
+        help="a verdict for every theorem of .lean and .jsonl files",
+        description=_CHECK,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    check.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    check.add_argument(
+        "--timeout", type=float, default=30.0, metavar="SECONDS", help="per theorem (30)"
+    )
+    check.add_argument("--json", action="store_true", help="one JSON object a line, with messages")
+    check.set_defaults(run=_check)
+    doctor = commands.add_parser("doctor", help="which Lean was found, and what is missing")
+    doctor.set_defaults(run=_doctor)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    """Print a verdict for each theorem of each file."""
+    if not arguments.timeout > 0:
+        raise InputError(f"--timeout must be more than 0 seconds; got {arguments.timeout:g}")
+    all_proved = True
+    for path in arguments.files:
+        if path.suffix == ".jsonl":
+            verdicts = _check_jsonl(path, arguments.timeout)
+        elif path.suffix == ".lean":
+            verdicts = _check_lean(path, arguments.timeout)
+        else:
+            raise InputError(f"{path}: a file to check ends in .lean or .jsonl")
+        for name, verdict in verdicts:
+            all_proved = all_proved and verdict.proved
+            if arguments.json:
+                record = {"file": str(path), "name": name, **asdict(verdict)}
+                print(json.dumps(record, ensure_ascii=False), flush=True)
+            else:
+                print(f"{name}: {verdict}", flush=True)
+    return 0 if all_proved else 1
+
+
+def _check_jsonl(path: Path, timeout_s: float) -> Iterator[tuple[str, Verdict]]:
+    theorems = read_theorems(path)
+    for first in range(0, len(theorems), 16):  # in slices, so that the first lines come soon
+        chunk = theorems[first : first + 16]
+        items = [
+            Attempt(theorem.formal_statement, theorem.proof, theorem.header) for theorem in chunk
+        ]
+        verdicts = verify_many(items, timeout_s=timeout_s)
+        yield from zip((theorem.name for theorem in chunk), verdicts, strict=True)
+
+
+def _check_lean(path: Path, timeout_s: float) -> Iterator[tuple[str, Verdict]]:
+    lean = find_lean()
+    context = ""
+    for piece in read_pieces(path):
+        if piece.name:
+            verdict = _verdict(lean, piece, context, timeout_s)
+            yield piece.name, verdict
+            if not verdict.proved:
+                continue
+        context += piece.text
+
+
+def _verdict(lean: Toolchain, piece: Piece, context: str, timeout_s: float) -> Verdict:
+    if not piece.statement:
+        return Verdict(
+            "rejected", reason="the theorem has no `:=`; write its proof as a term after one"
+        )
+    if reason := refuse_context(context):
+        return Verdict("rejected", reason=reason)
+    return verify(piece.statement, piece.proof, header=context, timeout_s=timeout_s, toolchain=lean)
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    """Show the Lean in use and let it check one proof.
+
+    What is missing becomes a MachineError, which says what mends it.
+    """
+    libc = " ".join(platform.libc_ver()).strip() or "unknown C library"
+    temporary = tempfile.gettempdir()
+    print(f"machine      {platform.system()} {platform.machine()}, {libc}")
+    print(f"free         {shutil.disk_usage(temporary).free >> 20} MiB in {temporary}")
+    print(f"cache        {cache_dir()}")
+    lean = find_lean()
+    print(f"lean         {lean.version} ({lean.kind}), {lean.origin}")
+    print(f"base library {', '.join(str(folder) for folder in lean.library_dirs)}")
+    verdict = verify("theorem doctor (a : Prop) (h : a) : a :=", "h", toolchain=lean)
+    print(f"a proof      {verdict}")
+    return 0 if verdict.proved else 1

@@ -1,0 +1,103 @@
+"""A .lean file as the theorems it claims, each with what stands above it."""
+
+import itertools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from fdfast.errors import InputError
+from fdfast.lean.screen import blank_comments, documentation_as_comments, refuse_text
+
+# A command begins at the left margin. Words that do not begin one there (`by`, `|`, a name) go on
+# with the one before.
+_COMMAND = re.compile(
+    r"^(?:/--|@\[|#\w|(?:theorem|lemma|def|abbrev|example|instance|axiom|opaque|inductive|structure|class|mutual|namespace"
+    r"|section|end|open|universe|variable|export|set_option|attribute|macro|macro_rules|syntax|notation|notation3"
+    r"|infix|infixl|infixr|prefix|postfix|elab|elab_rules|run_cmd|initialize|noncomputable|unsafe|partial|private"
+    r"|protected|public|local|scoped|deriving|include|omit|import|prelude)\b)",
+    re.MULTILINE,
+)
+_MODIFIERS = re.compile(
+    r"(?:@\[[^\]]*\]\s*|(?:private|protected|noncomputable|public|nonrec)\s+)*(?=(?:theorem|lemma)\b)"
+)
+_OPENING, _CLOSING = "([{⟨⦃", ")]}⟩⦄"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of a file's text that is one command, or what precedes the first.
+
+    Attributes:
+        text: the text, as it stands in the file.
+        line: its first line, from 1.
+        statement: of a theorem, from `theorem` to `:=`; "" for every other command and for a
+            theorem without `:=`.
+        proof: of a theorem, what follows the `:=`.
+        name: of a theorem, its name; "" otherwise.
+    """
+
+    text: str
+    line: int
+    statement: str = ""
+    proof: str = ""
+    name: str = ""
+
+
+def read_pieces(path: Path) -> list[Piece]:
+    """Split a .lean file into its commands.
+
+    Raises:
+        InputError: the file cannot be read, is no UTF-8, is cut off in a comment, or claims no
+            theorem.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 (byte {error.start})") from error
+    if not text.strip():
+        raise InputError(f"{path}: is empty; a file to check claims at least one `theorem`")
+    if reason := refuse_text(text):
+        raise InputError(f"{path}: {reason}")
+    code, fault = blank_comments(documentation_as_comments(text))
+    if fault:
+        raise InputError(f"{path}: {fault}")
+    starts = [
+        0,
+        *(match.start() for match in _COMMAND.finditer(code) if match.start() > 0),
+        len(text),
+    ]
+    pieces = [_piece(text, code, *bounds) for bounds in itertools.pairwise(starts)]
+    if not any(piece.name for piece in pieces):
+        raise InputError(f"{path}: claims no theorem at the left margin")
+    return pieces
+
+
+def _piece(text: str, code: str, start: int, stop: int) -> Piece:
+    """The piece between two places; `code` is the text without comments, equally long."""
+    line = text.count("\n", 0, start) + 1
+    whole = text[start:stop]
+    lead = _MODIFIERS.match(code, start + len(code[start:stop]) - len(code[start:stop].lstrip()))
+    if lead is None or lead.end() >= stop:
+        return Piece(whole, line)
+    begin = lead.end()
+    words = code[begin:stop].split(None, 2)
+    name = re.split(r"[\s:({\[⦃]", words[1], maxsplit=1)[0] if len(words) > 1 else "?"
+    end = _definition_mark(code, begin, stop)
+    if end < 0:
+        return Piece(whole, line, name=name)
+    return Piece(whole, line, text[begin:end], text[end:stop], name)
+
+
+def _definition_mark(code: str, begin: int, stop: int) -> int:
+    """The place after the first `:=` outside brackets, -1 if there is none."""
+    depth = 0
+    for i in range(begin, stop):
+        if code[i] in _OPENING:
+            depth += 1
+        elif code[i] in _CLOSING:
+            depth -= 1
+        elif depth == 0 and code.startswith(":=", i):
+            return i + 2
+    return -1

@@ -1,0 +1,182 @@
+"""The lexical screen: a proof is one term, so words that begin a command, a hole or an option have
+no place in it.
+
+The screen is the first of three walls (see `checker`). It may refuse an odd honest proof but must
+not pass a dishonest one, so it reads a text exactly as Lean's lexer does or, where that would take
+the whole lexer, more strictly:
+
+* comments are blanked up to the first string, character or `«name»` delimiter outside a comment. Up
+  to there "comment" means what it means to Lean. From there on nothing is blanked and forbidden
+  words count wherever they stand;
+* a number glued to a word (`0b1open`) is refused, since where the number ends is a matter of Lean's
+  lexer.
+"""
+
+import re
+
+MAX_PROOF_CHARS = 4 << 20
+
+_HOLES = {"sorry", "admit", "sorryAx"}
+_COMMAND_WORDS = """
+    abbrev add_decl_doc alias attribute axiom binder_predicate builtin_initialize class coinductive
+    constant declare_syntax_cat def deriving elab elab_rules end example export extend_docs
+    gen_injective_theorems import include inductive infix infixl infixr init_quot initialize
+    instance irreducible_def lemma local macro macro_rules meta module mutual namespace
+    noncomputable nonrec notation notation3 omit opaque partial postfix prefix prelude private
+    protected public run_cmd run_elab run_meta scoped seal section set_option simproc structure
+    suppress_compilation syntax theorem universe universes unsafe unseal variable variables
+    """
+_COMMANDS = set(_COMMAND_WORDS.split())
+_EXECUTING = {"by_elab", "dbg_trace", "include_str", "native_decide", "run_tac", "eval%"}
+# Refused also as the last part of a longer name: they are proofs of anything, or trust in compiled
+# code.
+_TRUST = {
+    "sorryAx",
+    "lcProof",
+    "lcUnreachable",
+    "ofReduceBool",
+    "ofReduceNat",
+    "trustCompiler",
+    "reduceBool",
+    "reduceNat",
+}
+_EXECUTING_COMMANDS = """
+    builtin_initialize elab elab_rules implemented_by initialize macro macro_rules run_cmd run_elab
+    run_meta unsafe
+    """
+# What could forge a result from a file's own context: everything else there is an honest
+# definition.
+_CONTEXT = _EXECUTING | set(_EXECUTING_COMMANDS.split())
+# The kernel runs compiled code for constants of these names.
+_CONTEXT_TRUST = {"ofReduceBool", "ofReduceNat", "reduceBool", "reduceNat", "trustCompiler"}
+
+# ASCII only: any other letter ends a word here, so no exotic letter or superscript can hide the
+# beginning of one.
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_'!?]*%?(?:\.[A-Za-z_][A-Za-z0-9_'!?]*)*")
+_NUMBER = re.compile(r"[0-9]+")
+_OPEN_IN = re.compile(r"open\b[^\n]*?\bin\b")
+_STRICT_FROM = '"«'
+
+
+def blank_comments(text: str) -> tuple[str, str]:
+    """Replace comments by spaces (newlines stay), up to the first string or `«` outside a comment.
+
+    Returns:
+        The text, and what is wrong with its comments ("" if nothing).
+    """
+    out: list[str] = []
+    i, depth, start = 0, 0, 0
+    while i < len(text):
+        two = text[i : i + 2]
+        if two == "/-" and (depth or text[i + 2 : i + 3] not in ("-", "!")):
+            start = start if depth else i
+            depth += 1
+            out.append("  ")
+            i += 2
+        elif depth and two == "-/":
+            depth -= 1
+            out.append("  ")
+            i += 2
+        elif depth:
+            out.append("\n" if text[i] == "\n" else " ")
+            i += 1
+        elif two == "--":
+            stop = text.find("\n", i)
+            stop = len(text) if stop < 0 else stop
+            out.append(" " * (stop - i))
+            i = stop
+        elif two == "/-":
+            return "".join(out) + text[i:], "documentation comment"
+        elif text[i] in _STRICT_FROM or _is_quote(text, i):
+            return "".join(out) + text[i:], ""
+        else:
+            out.append(text[i])
+            i += 1
+    if depth:
+        return "".join(out), f"unclosed comment, opened in line {text.count(chr(10), 0, start) + 1}"
+    return "".join(out), ""
+
+
+def _is_quote(text: str, i: int) -> bool:
+    """Whether a character literal may begin here: a quote that does not end a name like `h'`."""
+    return text[i] == "'" and not (i and (text[i - 1].isalnum() or text[i - 1] in "_'!?»"))
+
+
+def refuse_proof(proof: str) -> str:
+    """Return why the text cannot be an honest proof term, or "" if the screen finds nothing."""
+    if reason := refuse_text(proof):
+        return reason
+    if not proof.strip():
+        return "the proof is empty"
+    code, fault = blank_comments(proof)
+    if fault:
+        return fault
+    if not code.strip():
+        return "the proof is empty: it has only comments"
+    if match := re.search(r"@\[|#[a-z_]{2,}", code):
+        return f"`{match.group()}` in the proof"
+    position = 0
+    while position < len(code):
+        if word := _WORD.match(code, position):
+            if reason := _refuse_word(code, word):
+                return reason
+            position = word.end()
+        elif number := _NUMBER.match(code, position):
+            position = number.end()
+            if _WORD.match(code, position):
+                return (
+                    f"a number glued to a word: `{code[number.start() : position + 8].split()[0]}`"
+                )
+        else:
+            position += 1
+    return ""
+
+
+def _refuse_word(code: str, word: re.Match[str]) -> str:
+    """Why this word may not stand in a proof, or ""."""
+    name, start = word.group(), word.start()
+    if name.rsplit(".", 1)[-1] in _TRUST:
+        return "sorry" if name.endswith("sorryAx") else f"`{name}` in the proof"
+    # `(f x).end` is a projection. `f ..end` is not, and neither is `1.end`.
+    if start >= 2 and code[start - 1] == "." and code[start - 2] in ")⟩]":
+        return ""
+    if name in _HOLES:
+        return "sorry"
+    if name == "open" and not _OPEN_IN.match(code, start):
+        return "`open` in the proof"
+    if name in _COMMANDS or name in _EXECUTING:
+        return f"`{name}` in the proof"
+    return ""
+
+
+def refuse_text(text: str) -> str:
+    """Return why Lean cannot be given this text at all, or ""."""
+    if len(text) > MAX_PROOF_CHARS:
+        return f"the text has {len(text)} characters; at most {MAX_PROOF_CHARS} are read"
+    if "\0" in text:
+        return "the text has a NUL byte"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"the text is no Unicode: lone surrogate at character {error.start}"
+    return ""
+
+
+def documentation_as_comments(text: str) -> str:
+    """Turn documentation comments into plain ones of the same length, which can be blanked."""
+    return re.sub(r"/-[-!](?!/)", "/- ", text)
+
+
+def refuse_context(context: str) -> str:
+    """Return why a header or the earlier part of a file cannot be trusted as context, or ""."""
+    if reason := refuse_text(context):
+        return reason
+    code, fault = blank_comments(documentation_as_comments(context))
+    if fault:
+        return fault
+    if match := re.search(r"\bdebug\.\w+|\bskipKernelTC\b|#(?:exit|eval)\b", code):
+        return f"`{match.group()}` above the theorem"
+    for word in _WORD.finditer(code):
+        if word.group() in _CONTEXT or word.group().rsplit(".", 1)[-1] in _CONTEXT_TRUST:
+            return f"`{word.group()}` above the theorem"
+    return ""

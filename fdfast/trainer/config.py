@@ -1,0 +1,349 @@
+"""Every setting of a training run: one dataclass, from a YAML file and `key=value` words."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fdfast.divergences import TABLE, TAILS
+from fdfast.errors import InputError, MachineError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A Feedback Distillation run; the defaults are the paper's where it names one.
+
+    Names are TRL's where TRL has one. Attributes:
+        model_name_or_path: a folder, a hub name, or "demo" (SmolLM2-135M-Instruct).
+        dtype: of the trained weights: float32, bfloat16, float16.
+        task: chat (questions without a check) or lean (theorems, checked by Lean).
+        dataset: a JSONL file; "base_theorems" and "questions" ship with fdfast.
+        dataset_split: the split to train on; "" for all.
+        dataset_names: keep problems whose name fits one of these patterns (easy_*); () for all.
+        output_dir: metrics, checkpoints and the final model go there.
+        float32_matmul_precision: torch's: highest, high or medium. On CPUs without bfloat16 matrix
+            units medium is as exact as highest and takes another library, twice as fast on AMD.
+        seed: of everything random; a step's randomness follows from (seed, step) alone.
+
+        system_prompt: first message of every prompt; "" for the chat template's own.
+        prompt_template: the user's message; {prompt} is the problem.
+        examples: worked examples as chat turns before the problem: [question, answer] pairs.
+        completion_prefix: begins the assistant's turn, given and not trained; {prompt} as above.
+        feedback: constant, verifier or solution.
+        feedback_text: the constant's sentence.
+        feedback_template: the user's message to the teacher; {prompt} as above (already in its
+            own template) and {feedback}. The paper does not say where the feedback stands.
+
+        prompts_per_step: problems a step.
+        num_generations: attempts a problem.
+        max_prompt_length: a prompt with more tokens is an error, never cut silently.
+        max_completion_length: tokens of an attempt at most.
+        temperature: of sampling.
+        top_p: nucleus of sampling; 1 is off.
+        top_k: of sampling; 0 is off.
+        stop_strings: text that ends an attempt, beside the model's end token.
+        generation_batch_size: attempts generated at once.
+
+        lean_timeout_s: seconds a check may take.
+        lean_workers: checks at once.
+
+        loss_temperature: of the student's and the teacher's distributions in the loss.
+        divergence: a name in divergences.TABLE.
+        divergence_alpha: for jsd and skew_kl.
+        teacher_top_k: teacher's tokens in the loss; 25 in the paper, 0 for the whole vocabulary.
+        tail: for teacher_top_k: truncate, bucket, renormalize.
+        entropy_coef: weight of the entropy bonus.
+        grad_filter: see policy_head; None is exact.
+        workspace_mb: see policy_head.
+        backend: see policy_head.
+        teacher_ema_alpha: the share the teacher keeps at an update; 1 is a frozen teacher.
+        teacher_ema_every: optimizer steps between updates.
+
+        learning_rate: the peak.
+        lr_scheduler_type: constant_with_warmup or linear (to 0 at max_steps).
+        warmup_steps: linear warm-up.
+        max_steps: optimizer steps.
+        per_device_train_batch_size: attempts in one forward pass; the step adds them up.
+        adam_beta1: AdamW.
+        adam_beta2: AdamW.
+        adam_epsilon: AdamW.
+        weight_decay: AdamW.
+        max_grad_norm: clipping; 0 is off.
+        gradient_checkpointing: trade time for memory in the student's layers.
+
+        eval_split: the split to evaluate on; "" for all. Evaluation samples with one fixed seed.
+        eval_num_prompts: its first so many problems; 0 for no evaluation.
+        num_generations_eval: attempts at each of them.
+        eval_steps: steps between evaluations; 0 for before the first and after the last alone.
+
+        save_steps: steps between checkpoints; 0 for none but the one that Ctrl-C leaves.
+        save_total_limit: checkpoints kept; older ones go. 0 keeps all.
+        save_final_model: write the trained model to output_dir/model at the end.
+    """
+
+    model_name_or_path: str = "demo"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    task: Literal["chat", "lean"] = "lean"
+    dataset: str = "base_theorems"
+    dataset_split: str = "train"
+    dataset_names: tuple[str, ...] = ()
+    output_dir: str = "runs/fd"
+    float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    seed: int = 0
+
+    system_prompt: str = ""
+    prompt_template: str = "{prompt}"
+    examples: tuple[tuple[str, str], ...] = ()
+    completion_prefix: str = ""
+    feedback: str = "verifier"
+    feedback_text: str = ""
+    feedback_template: str = "{feedback}\n\n{prompt}"
+
+    prompts_per_step: int = 128
+    num_generations: int = 1
+    max_prompt_length: int = 2048
+    max_completion_length: int = 8192
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_strings: tuple[str, ...] = ()
+    generation_batch_size: int = 16
+
+    lean_timeout_s: float = 30.0
+    lean_workers: int = 2
+
+    loss_temperature: float = 1.0
+    divergence: str = "forward_kl"
+    divergence_alpha: float = 0.5
+    teacher_top_k: int = 25
+    tail: str = "truncate"
+    entropy_coef: float = 0.0
+    grad_filter: float | None = None
+    workspace_mb: float = 64.0
+    backend: str = "auto"
+    teacher_ema_alpha: float = 0.9
+    teacher_ema_every: int = 5
+
+    learning_rate: float = 1e-5
+    lr_scheduler_type: Literal["constant_with_warmup", "linear"] = "constant_with_warmup"
+    warmup_steps: int = 50
+    max_steps: int = 200
+    per_device_train_batch_size: int = 8
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+
+    eval_split: str = "test"
+    eval_num_prompts: int = 0
+    num_generations_eval: int = 1
+    eval_steps: int = 0
+
+    save_steps: int = 50
+    save_total_limit: int = 2
+    save_final_model: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the rules that a type can't say."""
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise InputError(f"config: {name} must be at least 1; got {getattr(self, name)}")
+        for name in _NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                raise InputError(f"config: {name} must not be negative; got {getattr(self, name)}")
+        for name in _POSITIVE:
+            if not getattr(self, name) > 0:
+                raise InputError(f"config: {name} must be positive; got {getattr(self, name)}")
+        if not 0 <= self.teacher_ema_alpha <= 1:
+            raise InputError(
+                f"config: teacher_ema_alpha must lie in [0, 1]; got {self.teacher_ema_alpha}"
+            )
+        for name, value, known in (
+            ("divergence", self.divergence, tuple(TABLE)),
+            ("tail", self.tail, TAILS),
+        ):
+            if value not in known:
+                raise InputError(f"config: {name} must be one of {', '.join(known)}; got {value!r}")
+        for mark in ("{prompt}", "{feedback}"):
+            if mark not in self.feedback_template:
+                raise InputError(
+                    f"config: feedback_template must contain {mark}; got {self.feedback_template!r}"
+                )
+        if "{prompt}" not in self.prompt_template + self.completion_prefix:
+            raise InputError(
+                "config: prompt_template or completion_prefix must contain {prompt}; "
+                f"got {self.prompt_template!r}"
+            )
+
+
+_AT_LEAST_ONE = (
+    "prompts_per_step",
+    "num_generations",
+    "num_generations_eval",
+    "max_prompt_length",
+    "max_completion_length",
+    "generation_batch_size",
+    "lean_workers",
+    "teacher_ema_every",
+    "max_steps",
+    "per_device_train_batch_size",
+)
+_NOT_NEGATIVE = (
+    "top_k",
+    "teacher_top_k",
+    "entropy_coef",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "eval_num_prompts",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+)
+_POSITIVE = (
+    "temperature",
+    "loss_temperature",
+    "top_p",
+    "learning_rate",
+    "workspace_mb",
+    "lean_timeout_s",
+)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The paper's table: Qwen3-8B, LeanWorkbook; the model and the data set are yours to name.
+    "fd_paper": {},
+    # The two parts of `fdfast demo`: what 135M parameters show in minutes on two cores.
+    "demo_concise": {
+        "task": "chat",
+        "dataset": "questions",
+        "float32_matmul_precision": "medium",
+        "system_prompt": "You are helpful.",
+        "feedback": "constant",
+        "feedback_text": "Be concise: answer in one short sentence.",
+        "prompts_per_step": 8,
+        "max_completion_length": 48,
+        "temperature": 0.7,
+        "teacher_top_k": 0,
+        "teacher_ema_alpha": 1.0,
+        "learning_rate": 5e-5,
+        "lr_scheduler_type": "linear",
+        "adam_beta2": 0.95,
+        "warmup_steps": 2,
+        "max_steps": 16,
+        "eval_num_prompts": 8,
+        "num_generations_eval": 2,
+        "save_steps": 0,
+        "save_final_model": False,
+    },
+    "demo_lean": {
+        "task": "lean",
+        "float32_matmul_precision": "medium",
+        "dataset_names": ("easy_*", "taut_*", "calc_*"),
+        "system_prompt": "You write Lean.",
+        "prompt_template": "Complete the Lean proofs.",
+        "completion_prefix": (
+            "theorem e1 (p : Prop) (x : p) : p := x\n"
+            "theorem e2 (p q : Prop) (x : p) (y : q) : q := y\n"
+            "theorem e3 (p : Prop) : p → p := fun x => x\n"
+            "theorem e4 : Eq (Nat.add 3 4) 7 := rfl\n{prompt}"
+        ),
+        "feedback": "verifier",
+        "prompts_per_step": 8,
+        "max_completion_length": 16,
+        "stop_strings": ("\n",),
+        "temperature": 0.7,
+        "teacher_top_k": 0,
+        "teacher_ema_every": 2,
+        "learning_rate": 1e-5,
+        "adam_beta2": 0.95,
+        "warmup_steps": 2,
+        "max_steps": 6,
+        "eval_num_prompts": 16,
+        "lean_timeout_s": 10.0,
+        "save_steps": 0,
+        "save_final_model": False,
+    },
+}
+
+
+def make_config(values: dict[str, Any], *, source: str = "config") -> TrainConfig:
+    """A TrainConfig from plain values, their types checked and converted.
+
+    Raises:
+        InputError: an unknown key (with the nearest known one), a wrong type or value.
+        MachineError: pydantic is missing.
+    """
+    known = [f.name for f in dataclasses.fields(TrainConfig)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"{source}: unknown key {key!r}{hint}")
+    try:
+        from pydantic import TypeAdapter, ValidationError
+    except ImportError as error:
+        raise MachineError(
+            f"configs need pydantic ({error}); run: pip install 'fdfast[train]'"
+        ) from error
+    try:
+        return TypeAdapter(TrainConfig).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "config"
+        raise InputError(
+            f"{source}: {where}: {first['msg'].removeprefix('Value error, ')}; got "
+            f"{first['input']!r}"
+        ) from error
+
+
+def load_config(
+    path: Path | None, overrides: Sequence[str], *, preset: str | None = None
+) -> TrainConfig:
+    """A config from a preset, then a YAML file, then `key=value` words (values are YAML).
+
+    Raises:
+        InputError: a file that is missing or no YAML mapping, a word without `=`, or as
+            make_config.
+    """
+    import yaml
+
+    values: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in PRESETS:
+            raise InputError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
+        values |= PRESETS[preset]
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: no such config file") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(loaded, dict | None):
+            raise InputError(f"{path}: must hold `key: value` lines; got {type(loaded).__name__}")
+        make_config(loaded or {}, source=str(path))
+        values |= loaded or {}
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise InputError(f"{word!r} is no setting; write key=value, learning_rate=2e-5, say")
+        values[key] = _yaml_value(value)
+    return make_config(values, source="command line" if overrides else str(path or preset))
+
+
+def _yaml_value(text: str) -> Any:
+    """YAML's reading of one value, with 1e-5 a number (YAML 1.1 wants 1.0e-5)."""
+    import yaml
+
+    try:
+        return (
+            float(text)
+            if "e" in text.lower() and not text.strip().isalpha()
+            else yaml.safe_load(text)
+        )
+    except ValueError:
+        return yaml.safe_load(text)

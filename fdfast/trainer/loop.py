@@ -1,0 +1,348 @@
+"""Feedback Distillation, top to bottom: rollout, verify, feedback, teacher and student, update.
+
+Source: Feedback Distillation (2026), arXiv 2605.30861.
+"""
+
+import contextlib
+import dataclasses
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fdfast.data import base_theorems_path
+from fdfast.data.problems import Problem, proof_text, questions_path, read_problems
+from fdfast.errors import InputError
+from fdfast.feedback import FeedbackProvider, feedback_provider
+from fdfast.lean import Verdict, verify_many
+from fdfast.losses import FeedbackDistillationLoss
+from fdfast.models import HeadWeights, lm_head, load_model, save_model
+from fdfast.rollout import HFEngine, SamplingOptions
+from fdfast.teacher import EMATeacher
+from fdfast.topk_head import topk_head
+from fdfast.trainer.batch import Attempt, Prompts, completion_hidden
+from fdfast.trainer.checkpoint import TrainState, checkpoints, restore, save_checkpoint
+from fdfast.trainer.config import TrainConfig
+from fdfast.trainer.interrupts import sigterm_as_interrupt, uninterrupted
+from fdfast.trainer.metrics import Clock, MetricsLog, read_jsonl, records, step_line, summary
+from fdfast.trainer.screen import Screen
+from fdfast.types import TeacherHidden, TeacherTopK
+
+
+def train(
+    config: TrainConfig, *, resume: bool = False, quiet: bool = False
+) -> list[dict[str, Any]]:
+    """Train, and return the metrics of every step, as metrics.jsonl has them.
+
+    Ctrl-C leaves a checkpoint of the last finished step and raises KeyboardInterrupt.
+
+    Args:
+        config: every setting.
+        resume: go on from the newest checkpoint of config.output_dir.
+        quiet: print nothing.
+
+    Raises:
+        InputError: a setting, data set or model is off; output_dir holds a run and resume is False.
+        MachineError: the machine lacks something: Lean, disk, a package.
+    """
+    folder = Path(config.output_dir)
+    _check_folder(folder, resume=resume)
+    provider = feedback_provider(config.feedback, config.feedback_text)
+    problems = _problems(config, config.dataset_split)
+    held_out = _problems(config, config.eval_split) if config.eval_num_prompts else []
+    newest = checkpoints(folder)[-1] if resume else None
+    with (
+        Screen(folder.name, total=config.max_steps, quiet=quiet) as screen,
+        sigterm_as_interrupt(),
+        _matmul_precision(config.float32_matmul_precision),
+    ):
+        screen.say(f"{folder}: loading {newest or config.model_name_or_path}")
+        state = _initial_state(config, newest)
+        folder.mkdir(parents=True, exist_ok=True)
+        run = _Run(
+            config=config,
+            state=state,
+            problems=problems,
+            held_out=held_out[: config.eval_num_prompts],
+            provider=provider,
+            engine=HFEngine(state.model, state.tokenizer, batch_size=config.generation_batch_size),
+            prompts=Prompts(state.tokenizer, config),
+            loss_fn=_loss(config, lm_head(state.model)),
+            log=MetricsLog(folder, step=state.step),
+            screen=screen,
+        )
+        try:
+            _train(run)
+        except KeyboardInterrupt:
+            screen.say(f"interrupted: saving step {state.step}")
+            with uninterrupted():
+                path = save_checkpoint(state, config, folder)
+            screen.say(f"saved {path}; --resume goes on from there")
+            raise
+        if config.save_final_model:
+            save_model(state.model, state.tokenizer, folder / "model")
+    return read_jsonl(run.log.metrics)
+
+
+@contextlib.contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What the loop works with; `state` alone changes."""
+
+    config: TrainConfig
+    state: TrainState
+    problems: list[Problem]
+    held_out: list[Problem]
+    provider: FeedbackProvider
+    engine: HFEngine
+    prompts: Prompts
+    loss_fn: FeedbackDistillationLoss
+    log: MetricsLog
+    screen: Screen
+
+
+def _train(run: _Run) -> None:
+    """The loop."""
+    config, state = run.config, run.state
+    while True:
+        if _evaluation_due(run):
+            _evaluate(run)
+        if state.step >= config.max_steps:
+            return
+        clock = Clock()
+        chosen = _choose(run.problems, config, state.step)
+        with clock("rollout"):
+            seed = _seed(config, state.step)
+            attempts = _roll_out(run, chosen, config.num_generations, seed=seed)
+        with clock("verify"):
+            verdicts = _verify(attempts, config)
+        with clock("feedback"):
+            attempts = _with_feedback(run, attempts, verdicts)
+        with clock("update"):
+            metrics = _gradients(run, attempts)
+            with uninterrupted():  # from here to `step += 1` all changes or nothing does
+                metrics |= _update(state, config)
+                state.step += 1
+        metrics |= summary(attempts, verdicts, config.num_generations) | clock.metrics()
+        run.log.write({"step": state.step} | metrics, records(attempts, verdicts, state.step))
+        run.screen.say(step_line(state.step, metrics, config.max_steps))
+        run.screen.at(state.step)
+        if config.save_steps and state.step % config.save_steps == 0:
+            save_checkpoint(state, config, Path(config.output_dir))
+
+
+def _evaluation_due(run: _Run) -> bool:
+    config, step = run.config, run.state.step
+    asked = step in (0, config.max_steps) or (config.eval_steps and step % config.eval_steps == 0)
+    return bool(run.held_out and asked) and step not in run.log.evaluated
+
+
+def _evaluate(run: _Run) -> None:
+    """The same stages without an update, on held-out problems, with the same seed every time."""
+    num_generations = run.config.num_generations_eval
+    attempts = _roll_out(run, run.held_out, num_generations, seed=_seed(run.config, -1))
+    verdicts = _verify(attempts, run.config)
+    attempts = _with_feedback(run, attempts, verdicts)
+    with torch.no_grad():
+        metrics = _score(run, attempts, backward=False)
+    metrics |= summary(attempts, verdicts, num_generations)
+    step = run.state.step
+    run.log.write_evaluation(step, metrics, records(attempts, verdicts, step))
+    run.screen.say("evaluation  " + step_line(step, metrics, run.config.max_steps))
+
+
+def _check_folder(folder: Path, *, resume: bool) -> None:
+    there = checkpoints(folder)
+    if resume and not there:
+        raise InputError(f"{folder}: --resume found no checkpoint there; drop it to begin a run")
+    if not resume and (there or (folder / "metrics.jsonl").exists()):
+        raise InputError(
+            f"{folder}: holds a run already; go on with it (--resume), or name another output_dir"
+        )
+
+
+def _initial_state(config: TrainConfig, checkpoint: Path | None) -> TrainState:
+    source = config.model_name_or_path if checkpoint is None else checkpoint / "model"
+    model, tokenizer = load_model(source, dtype=config.dtype)
+    teacher = EMATeacher(model, alpha=config.teacher_ema_alpha, every=config.teacher_ema_every)
+    if config.gradient_checkpointing:
+        # transformers 5.2x renamed it and warns at the old name, which 5.17 alone has.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        enable = enable or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+    state = TrainState(model, tokenizer, teacher, optimizer)
+    if checkpoint is not None:
+        restore(state, checkpoint)
+    return state
+
+
+def _problems(config: TrainConfig, split: str) -> list[Problem]:
+    packaged = {"base_theorems": base_theorems_path, "questions": questions_path}
+    path = packaged[config.dataset]() if config.dataset in packaged else Path(config.dataset)
+    return read_problems(path, task=config.task, split=split or None, names=config.dataset_names)
+
+
+def _loss(config: TrainConfig, head: HeadWeights) -> FeedbackDistillationLoss:
+    return FeedbackDistillationLoss(
+        divergence=config.divergence,
+        alpha=config.divergence_alpha,
+        tail=config.tail,
+        temperature=config.loss_temperature,
+        logit_softcap=head.logit_softcap,
+        entropy_coef=config.entropy_coef,
+        grad_filter=config.grad_filter,
+        workspace_mb=config.workspace_mb,
+        backend=config.backend,
+    )
+
+
+def _seed(config: TrainConfig, step: int) -> int:
+    """All randomness of a step follows from this, so a resumed run needs no random state."""
+    return config.seed * 1_000_003 + step
+
+
+def _choose(problems: Sequence[Problem], config: TrainConfig, step: int) -> list[Problem]:
+    """The step's problems: every epoch is a shuffle of its own, so the step number alone is the
+    data cursor.
+    """
+    chosen = []
+    for position in range(step * config.prompts_per_step, (step + 1) * config.prompts_per_step):
+        epoch, index = divmod(position, len(problems))
+        order = list(range(len(problems)))
+        random.Random(f"{config.seed}/{epoch}").shuffle(order)
+        chosen.append(problems[order[index]])
+    return chosen
+
+
+def _roll_out(
+    run: _Run, problems: list[Problem], num_generations: int, *, seed: int
+) -> list[Attempt]:
+    config = run.config
+    problems = [p for p in problems for _ in range(num_generations)]
+    ids = [run.prompts.student(p) for p in problems]
+    options = SamplingOptions(
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        stop_strings=config.stop_strings,
+    )
+    completions = run.engine.generate(ids, options, seed=seed)
+    return [Attempt(p, i, c, i) for p, i, c in zip(problems, ids, completions, strict=True)]
+
+
+def _verify(attempts: list[Attempt], config: TrainConfig) -> list[Verdict | None]:
+    """Lean's verdict on each attempt; None for chat questions, which nobody checks."""
+    if config.task != "lean":
+        return [None] * len(attempts)
+    items = []
+    for attempt in attempts:
+        theorem = attempt.problem.theorem
+        assert theorem is not None
+        proof = proof_text(attempt.completion.text)
+        items.append((theorem.formal_statement, proof, theorem.header))
+    return [*verify_many(items, workers=config.lean_workers, timeout_s=config.lean_timeout_s)]
+
+
+def _with_feedback(
+    run: _Run, attempts: list[Attempt], verdicts: list[Verdict | None]
+) -> list[Attempt]:
+    told = []
+    for attempt, verdict in zip(attempts, verdicts, strict=True):
+        feedback = run.provider(attempt.problem, proof_text(attempt.completion.text), verdict)
+        ids = run.prompts.teacher(attempt.problem, feedback)
+        told.append(dataclasses.replace(attempt, teacher_prompt_ids=ids, feedback=feedback))
+    return told
+
+
+def _gradients(run: _Run, attempts: list[Attempt]) -> dict[str, float]:
+    """The step's gradient, from zero, and what was seen on the way."""
+    torch.manual_seed(_seed(run.config, run.state.step))  # of dropout, where a model has it
+    run.state.model.train()
+    run.state.optimizer.zero_grad(set_to_none=True)
+    return _score(run, attempts, backward=True)
+
+
+def _score(run: _Run, attempts: list[Attempt], *, backward: bool) -> dict[str, float]:
+    """The loss over micro-batches, normalised by the trained tokens of all of them; means of its
+    metrics.
+    """
+    model, teacher = run.state.model, run.state.teacher.model
+    num_tokens = sum(len(a.completion.ids) for a in attempts)
+    totals: dict[str, float] = {}
+    for start in range(0, len(attempts), run.config.per_device_train_batch_size):
+        batch = attempts[start : start + run.config.per_device_train_batch_size]
+        completions = [a.completion.ids for a in batch]
+        with torch.no_grad():
+            teacher_TD = completion_hidden(
+                teacher, [a.teacher_prompt_ids for a in batch], completions
+            )
+            evidence = _evidence(teacher_TD, lm_head(teacher), run.config)
+        hidden_TD = completion_hidden(model, [a.prompt_ids for a in batch], completions)
+        head = lm_head(model)
+        targets_T = torch.tensor([i for c in completions for i in c], device=hidden_TD.device)
+        output = run.loss_fn(
+            hidden_TD, head.weight, targets_T, evidence, bias=head.bias, num_tokens=num_tokens
+        )
+        if backward:
+            output.loss.backward()
+        for name, value in output.metrics.items():
+            share = 1.0 if name in ("loss", "num_tokens") else len(targets_T) / num_tokens
+            totals[name] = totals.get(name, 0.0) + share * float(value)
+    return totals
+
+
+def _evidence(
+    hidden_TD: torch.Tensor, head: HeadWeights, config: TrainConfig
+) -> TeacherHidden | TeacherTopK:
+    if not config.teacher_top_k:
+        return TeacherHidden(hidden_TD, head.weight, head.bias, config.loss_temperature)
+    top = topk_head(
+        hidden_TD,
+        head.weight,
+        config.teacher_top_k,
+        bias=head.bias,
+        temperature=config.loss_temperature,
+        logit_softcap=head.logit_softcap,
+        workspace_mb=config.workspace_mb,
+        backend=config.backend,
+    )
+    return TeacherTopK(top.ids, top.logprobs)
+
+
+def _learning_rate(config: TrainConfig, step: int) -> float:
+    """Of the step that follows `step` finished ones."""
+    factor = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    if config.lr_scheduler_type == "linear" and step >= config.warmup_steps:
+        factor = (config.max_steps - step) / max(1, config.max_steps - config.warmup_steps)
+    return config.learning_rate * factor
+
+
+def _update(state: TrainState, config: TrainConfig) -> dict[str, float]:
+    """Clip, step the optimizer, let the teacher follow."""
+    rate = _learning_rate(config, state.step)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    limit = config.max_grad_norm or float("inf")
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), limit)
+    state.optimizer.step()
+    followed = state.teacher.step(state.model, state.step + 1)
+    return {"grad_norm": float(norm), "learning_rate": rate, "teacher/updated": float(followed)}

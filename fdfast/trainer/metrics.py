@@ -1,0 +1,129 @@
+"""Metrics: a JSON line a step in the output folder, a line or a bar on the screen."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fdfast.files import atomic_file
+from fdfast.lean import Verdict
+from fdfast.trainer.batch import Attempt
+
+
+class MetricsLog:
+    """`metrics.jsonl` and `attempts.jsonl` of a run, cut back to `step` when it is resumed there.
+
+    Args:
+        folder: of the run.
+        step: finished steps; lines beyond are of steps that will be done again.
+    """
+
+    def __init__(self, folder: Path, *, step: int) -> None:
+        self.metrics, self.attempts = folder / "metrics.jsonl", folder / "attempts.jsonl"
+        for path in (self.metrics, self.attempts):
+            rows = [row for row in read_jsonl(path) if row["step"] <= step]
+            with atomic_file(path) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.evaluated = {r["step"] for r in read_jsonl(self.metrics) if "eval_loss" in r}
+
+    def write_evaluation(
+        self, step: int, metrics: dict[str, Any], attempts: list[dict[str, Any]]
+    ) -> None:
+        """Add an evaluation: a line of its own, as TRL logs it; its attempts are marked."""
+        named = {f"eval_{name}": value for name, value in metrics.items()}
+        self.write({"step": step} | named, [row | {"evaluation": True} for row in attempts])
+        self.evaluated.add(step)
+
+    def write(self, metrics: dict[str, Any], attempts: list[dict[str, Any]]) -> None:
+        """Add one step's metrics and attempts; each line is on disk when this returns."""
+        for path, rows in ((self.metrics, [metrics]), (self.attempts, attempts)):
+            with path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The records of a file that `MetricsLog` wrote; a last line cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return rows
+
+
+def step_line(step: int, metrics: dict[str, Any], max_steps: int) -> str:
+    """One step on the screen."""
+    parts = [f"step {step:>{len(str(max_steps))}}/{max_steps}"]
+    parts += [f"kl {metrics['kl']:.4f}", f"length {metrics['completions/mean_length']:.1f}"]
+    if "reward" in metrics:
+        parts.append(f"proved {metrics['reward']:.0%}")
+    parts.append(f"entropy {metrics['entropy']:.2f}")
+    if "time/step" in metrics:
+        parts.append(f"{metrics['time/step']:.1f} s")
+    return "  ".join(parts)
+
+
+def summary(
+    attempts: list[Attempt], verdicts: list[Verdict | None], num_generations: int
+) -> dict[str, float]:
+    """What a step's attempts came to: lengths, and where Lean was asked, rewards and verdicts."""
+    lengths = [len(a.completion.ids) for a in attempts]
+    seen = {
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": sum(a.completion.truncated for a in attempts) / len(attempts),
+    }
+    known = [v for v in verdicts if v is not None]
+    if known:
+        rewards = torch.tensor([float(v.proved) for v in known])
+        groups = rewards.view(-1, num_generations)
+        seen["reward"] = float(rewards.mean())
+        seen["reward_std"] = float(rewards.std(correction=0))
+        flat = (groups == groups[:, :1]).all(1).float()
+        seen["frac_reward_zero_std"] = float(flat.mean())
+        for kind in sorted({v.kind for v in known}):
+            seen[f"verdicts/{kind}"] = sum(v.kind == kind for v in known) / len(known)
+    return seen
+
+
+def records(
+    attempts: list[Attempt],
+    verdicts: list[Verdict | None],
+    step: int,
+) -> list[dict[str, Any]]:
+    """A line of attempts.jsonl for each attempt."""
+    return [
+        {
+            "step": step,
+            "problem": attempt.problem.name,
+            "completion": attempt.completion.text,
+            "ids": attempt.completion.ids,
+            "verdict": None if verdict is None else verdict.kind,
+            "feedback": attempt.feedback,
+        }
+        for attempt, verdict in zip(attempts, verdicts, strict=True)
+    ]
+
+
+class Clock:
+    """Seconds of each stage of a step."""
+
+    def __init__(self) -> None:
+        self.start, self.spent = time.perf_counter(), dict[str, float]()
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time what runs within."""
+        start = time.perf_counter()
+        yield
+        self.spent[f"time/{stage}"] = time.perf_counter() - start
+
+    def metrics(self) -> dict[str, float]:
+        """Seconds by stage, and of all since the clock was made."""
+        return {**self.spent, "time/step": time.perf_counter() - self.start}

@@ -1,0 +1,241 @@
+"""The training loop on tiny real models: its loss, its resume, its interrupts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fdfast.data.problems import Problem, questions_path
+from fdfast.errors import InputError, MachineError
+from fdfast.models import load_model
+from fdfast.trainer import TrainConfig, checkpoint, train
+from fdfast.trainer.batch import Prompts, completion_hidden
+from fdfast.trainer.checkpoint import checkpoints
+from fdfast.trainer.config import make_config
+from fdfast.trainer.metrics import MetricsLog, read_jsonl
+from tests.tiny import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def settings(tiny, folder, **values) -> TrainConfig:
+    """A run of a second: three questions a step, answers of eight tokens."""
+    defaults = {
+        "model_name_or_path": str(tiny),
+        "output_dir": str(folder),
+        "task": "chat",
+        "dataset": str(questions_path()),
+        "dataset_split": "",
+        "feedback": "constant",
+        "feedback_text": "Be concise.",
+        "prompts_per_step": 3,
+        "per_device_train_batch_size": 2,
+        "max_completion_length": 8,
+        "teacher_top_k": 0,
+        "teacher_ema_every": 2,
+        "learning_rate": 1e-3,
+        "warmup_steps": 1,
+        "max_steps": 4,
+        "save_steps": 0,
+        "save_final_model": False,
+    }
+    return make_config(defaults | values)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    model, _ = load_model(folder)
+    return dict(model.named_parameters())
+
+
+def test_without_feedback_and_without_a_step_the_divergence_is_exactly_zero(tiny, tmp_path):
+    """mu = theta and no feedback: at every trained position teacher and student are the same."""
+    config = settings(tiny, tmp_path, max_steps=1, feedback_text=" ")
+    _, tokenizer = load_model(tiny)
+    prompts, problem = Prompts(tokenizer, config), Problem("p", "Why?")
+    assert prompts.teacher(problem, "") == prompts.student(problem)
+    assert prompts.teacher(problem, "Be concise.") != prompts.student(problem)
+    silent = settings(
+        tiny, tmp_path / "silent", max_steps=1, task="lean", dataset="base_theorems",
+        dataset_names=("easy_*",), feedback="solution", feedback_template="{prompt}{feedback}",
+    )  # fmt: skip
+    assert train(silent, quiet=True)[0]["kl"] > 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Prompts, "teacher", lambda self, problem, feedback: self.student(problem))
+        rows = train(settings(tiny, tmp_path / "same", max_steps=1), quiet=True)
+    assert rows[0]["kl"] == 0.0
+    assert rows[0]["grad_norm"] == 0.0
+
+
+def test_hidden_states_of_a_padded_batch_are_those_of_each_attempt_alone(tiny):
+    model, tokenizer = load_model(tiny)
+    prompts = [tokenizer(t).input_ids for t in ("Why is the sky blue?", "x")]
+    completions = [[5, 6, 7], [8, 9, 10, 11, 12, 13]]
+    with torch.no_grad():
+        together = completion_hidden(model, prompts, completions)
+        alone = [
+            model.model(torch.tensor([p + c])).last_hidden_state[0, len(p) - 1 : -1]
+            for p, c in zip(prompts, completions, strict=True)
+        ]
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
+def test_a_step_is_the_papers_loss_and_gradient_written_out(tiny, tmp_path):
+    """AdamW's first step moves each weight by the sign of its gradient: all of it is visible."""
+    config = settings(tiny, tmp_path, max_steps=1, save_final_model=True, max_grad_norm=0.0)
+    rows = train(config, quiet=True)
+    attempts = read_jsonl(tmp_path / "attempts.jsonl")
+    model, tokenizer = load_model(tiny)
+    prompts = Prompts(tokenizer, config)
+    total, count = torch.zeros(()), 0
+    for attempt in attempts:
+        prompt = next(
+            json.loads(line)["prompt"]
+            for line in questions_path().read_text().splitlines()
+            if json.loads(line)["name"] == attempt["problem"]
+        )
+        problem = Problem("p", prompt)
+        answer = attempt["ids"]
+        student, teacher = prompts.student(problem), prompts.teacher(problem, "Be concise.")
+        s = model(torch.tensor([student + answer])).logits[0, len(student) - 1 : -1].log_softmax(-1)
+        with torch.no_grad():
+            t = model(torch.tensor([teacher + answer])).logits[0, len(teacher) - 1 : -1]
+            t = t.log_softmax(-1)
+        total = total + (t.exp() * (t - s)).sum()
+        count += len(answer)
+    (total / count).backward()
+    assert rows[0]["loss"] == pytest.approx((total / count).item(), rel=1e-4)
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert rows[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    after = weights(tmp_path / "model")
+    for name, before in model.named_parameters():
+        large = before.grad.abs() > 1e-4 * before.grad.abs().max()
+        moved = (after[name] - before).detach()
+        assert torch.equal(moved.sign()[large], -before.grad.sign()[large]), name
+
+
+def test_distillation_moves_the_student_to_the_frozen_teacher(tiny, tmp_path):
+    config = settings(
+        tiny, tmp_path, max_steps=40, teacher_ema_alpha=1.0, prompts_per_step=8, eval_split="",
+        eval_num_prompts=8, learning_rate=3e-3,
+    )  # fmt: skip
+    rows = train(config, quiet=True)
+    before, after = (r["eval_kl"] for r in rows if "eval_kl" in r)
+    assert after < 0.5 * before
+
+
+def test_a_resumed_run_is_the_run_that_never_stopped(tiny, tmp_path):
+    whole = settings(tiny, tmp_path / "whole", save_final_model=True)
+    rows = train(whole, quiet=True)
+    train(settings(tiny, tmp_path / "parts", max_steps=3, save_steps=3), quiet=True)
+    parts = settings(tiny, tmp_path / "parts", save_final_model=True)
+    resumed = train(parts, resume=True, quiet=True)
+    again = weights(tmp_path / "parts" / "model")
+    for name, value in weights(tmp_path / "whole" / "model").items():
+        assert torch.equal(value, again[name]), name
+    for straight, other in zip(rows, resumed, strict=True):
+        same = {k for k in straight if not k.startswith("time/")}
+        assert {k: straight[k] for k in same} == {k: other[k] for k in same}
+
+
+def test_metrics_bear_trls_names_and_one_line_is_one_step(tiny, tmp_path):
+    train(settings(tiny, tmp_path, max_steps=2), quiet=True)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [1, 2]
+    wanted = {
+        "loss", "kl", "entropy", "grad_norm", "learning_rate", "num_tokens", "mean_token_accuracy",
+        "completions/mean_length", "completions/clipped_ratio", "time/rollout", "time/update",
+    }  # fmt: skip
+    assert wanted <= rows[0].keys()
+    assert len(read_jsonl(tmp_path / "attempts.jsonl")) == 6
+
+
+def test_the_teacher_in_bfloat16_and_topk_and_every_divergence_train(tiny, tmp_path):
+    for number, values in enumerate(
+        (
+            {"teacher_top_k": 25},
+            {"teacher_top_k": 25, "tail": "bucket", "divergence": "reverse_kl"},
+            {"divergence": "jsd", "grad_filter": 0.03, "dtype": "bfloat16"},
+            {"divergence": "skew_kl", "entropy_coef": 0.01, "gradient_checkpointing": True},
+            {"lr_scheduler_type": "linear", "num_generations": 2, "temperature": 0.7},
+        )
+    ):
+        rows = train(settings(tiny, tmp_path / str(number), max_steps=2, **values), quiet=True)
+        assert all(torch.isfinite(torch.tensor(r["loss"])) for r in rows)
+        assert all(r["grad_norm"] > 0 for r in rows)
+
+
+def test_only_the_newest_checkpoints_are_kept_and_half_a_line_is_forgotten(tiny, tmp_path):
+    train(settings(tiny, tmp_path, save_steps=1, save_total_limit=2), quiet=True)
+    assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    MetricsLog(tmp_path, step=3)
+    assert [r["step"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_run_is_never_written_over_and_never_resumed_from_nothing(tiny, tmp_path):
+    train(settings(tiny, tmp_path, max_steps=1), quiet=True)
+    with pytest.raises(InputError, match="holds a run already; go on with it"):
+        train(settings(tiny, tmp_path), quiet=True)
+    with pytest.raises(InputError, match="--resume found no checkpoint there"):
+        train(settings(tiny, tmp_path / "new"), resume=True, quiet=True)
+
+
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(tiny, tmp_path, monkeypatch):
+    train(settings(tiny, tmp_path, max_steps=1, save_steps=1), quiet=True)
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda path: 1 << 20)
+    with pytest.raises(MachineError, match=r"a checkpoint needs \d+ MiB and the disk has 1 MiB"):
+        train(settings(tiny, tmp_path, max_steps=2, save_steps=1), resume=True, quiet=True)
+    assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-1"]
+
+
+def test_a_damaged_checkpoint_is_one_line(tiny, tmp_path):
+    train(settings(tiny, tmp_path, max_steps=1, save_steps=1), quiet=True)
+    (tmp_path / "checkpoint-1" / "state.pt").write_bytes(b"torn")
+    with pytest.raises(InputError, match=r"can't be resumed .* it is damaged") as caught:
+        train(settings(tiny, tmp_path), resume=True, quiet=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_prompt_that_is_too_long_is_an_error_and_not_cut(tiny, tmp_path):
+    with pytest.raises(InputError, match=r"its prompt has \d+ tokens, max_prompt_length is 5"):
+        train(settings(tiny, tmp_path, max_prompt_length=5), quiet=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_the_resumed_run_is_the_same(tiny, tmp_path, number):
+    words = [f"{k}={json.dumps(v)}" for k, v in _plain(settings(tiny, tmp_path / "run")).items()]
+    words = [w for w in words if not w.startswith("max_steps=")]
+    command = [sys.executable, "-m", "fdfast.cli", "train", "max_steps=400", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as run:
+        for line in run.stdout:
+            if line.startswith("step   3"):
+                break
+        time.sleep(0.05)
+        run.send_signal(number)
+        rest = run.stdout.read()
+    assert run.returncode == 130, rest
+    assert "Traceback" not in rest
+    (saved,) = checkpoints(tmp_path / "run")
+    step = int(saved.name.split("-")[1])
+    assert step >= 3
+    resumed = train(settings(tiny, tmp_path / "run", max_steps=step + 2), resume=True, quiet=True)
+    straight = train(settings(tiny, tmp_path / "whole", max_steps=step + 2), quiet=True)
+    assert [r["loss"] for r in resumed] == [r["loss"] for r in straight]
+
+
+def _plain(config: TrainConfig) -> dict[str, object]:
+    """What differs from the defaults."""
+    return {k: v for k, v in vars(config).items() if v != getattr(TrainConfig(), k)}
