@@ -40,11 +40,11 @@ void bind(py::module_& m, const char* suffix) {
       no_gil);
   m.def(
       name("head_grads_").c_str(),
-      [](uintptr_t student, uintptr_t teacher, int64_t R, int64_t V, int64_t first, const HeadMath& math, int threads,
-         uintptr_t norm, uintptr_t teacher_norm, uintptr_t center, uintptr_t coef_p, uintptr_t coef_plogp,
+      [](uintptr_t student, uintptr_t teacher, int64_t R, int64_t V, int64_t first, bool tempered,
+         const HeadMath& math, int threads, uintptr_t norm, uintptr_t teacher_norm, uintptr_t center, uintptr_t coef_p, uintptr_t coef_plogp,
          uintptr_t coef_divergence, uintptr_t targets, uintptr_t coef_target, uintptr_t topk_ids, uintptr_t topk_dz,
          int64_t K) {
-        head_grads(at<T>(student), at<T>(teacher), R, V, first, math, threads, at<const RowNorm>(norm),
+        head_grads(at<T>(student), at<T>(teacher), R, V, first, tempered, math, threads, at<const RowNorm>(norm),
                    at<const RowNorm>(teacher_norm), at<const double>(center), at<const double>(coef_p),
                    at<const double>(coef_plogp), at<const double>(coef_divergence), at<const int64_t>(targets),
                    at<const double>(coef_target), at<const int64_t>(topk_ids), at<const double>(topk_dz), K);

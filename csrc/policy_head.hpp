@@ -40,13 +40,14 @@ void head_stats(T* student, T* teacher, int64_t R, int64_t V, const int64_t* tar
 template <typename T>
 void row_norms(const T* z, int64_t R, int64_t V, int threads, RowNorm* norm);
 
-// `student` holds raw logits of the block that begins at column `first` and is replaced by the gradient by them:
+// `student` holds the logits of the block that begins at column `first`, raw or, if `tempered`, z already; it is
+// replaced by the gradient by the raw ones:
 //   dz = p (coef_p + coef_plogp * s) + coef_divergence * d(divergence)/dz, times dz/draw,
 // where entries topk_ids (R, K) are set to topk_dz instead, and coef_target is added at the target. `teacher` may be
 // null. Indices are of the vocabulary; those outside the block are passed over.
 template <typename T>
-void head_grads(T* student, T* teacher, int64_t R, int64_t V, int64_t first, const HeadMath& math, int threads,
-                const RowNorm* norm, const RowNorm* teacher_norm, const double* center, const double* coef_p,
+void head_grads(T* student, T* teacher, int64_t R, int64_t V, int64_t first, bool tempered, const HeadMath& math,
+                int threads, const RowNorm* norm, const RowNorm* teacher_norm, const double* center, const double* coef_p,
                 const double* coef_plogp, const double* coef_divergence, const int64_t* targets,
                 const double* coef_target, const int64_t* topk_ids, const double* topk_dz, int64_t K);
 

@@ -5,8 +5,8 @@ Legend: ... any leading shape, M tokens, N trained (unmasked) tokens, D hidden, 
 top-k.
 """
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -122,55 +122,122 @@ def policy_head(
         TypeError: a dtype is off.
         MachineError: the backend asked for cannot run here.
     """
+    prepared = prepare(
+        "policy_head",
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        mask=mask,
+        teacher=teacher,
+        divergence=divergence,
+        alpha=alpha,
+        tail=tail,
+        grad_filter=grad_filter,
+        workspace_mb=workspace_mb,
+        backend=backend,
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        if prepared.module is None:
+            fields = reference.policy_head(*prepared.trained(), prepared.report_dropped)
+        else:
+            fields = _PolicyHeadFunction.apply(  # type: ignore[no-untyped-call]
+                *prepared.inputs(), prepared.module, prepared.report_dropped
+            )
+    return prepared.spread(fields)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A call of the op, checked and flattened: what the backends take, and the way back to the
+    caller's shape.
+    """
+
+    student: Head
+    targets_N: Tensor
+    rows_N: Tensor | None
+    teacher: Head | TeacherTopK | None
+    options: HeadOptions
+    module: Any
+    shape: torch.Size
+    dropped_M: Tensor
+
+    def inputs(self) -> tuple[Any, ...]:
+        """hidden, weight, bias, targets, rows, teacher, options."""
+        return (*self.student, self.targets_N, self.rows_N, self.teacher, self.options)
+
+    def trained(self) -> tuple[Head, Tensor, Head | TeacherTopK | None, HeadOptions]:
+        """The same for the reference, which takes trained tokens alone."""
+        student, teacher = self.student, self.teacher
+        student = student._replace(hidden_ND=_trained(student.hidden_ND, self.rows_N))
+        if isinstance(teacher, Head):
+            teacher = teacher._replace(hidden_ND=_trained(teacher.hidden_ND, self.rows_N))
+        return student, self.targets_N, teacher, self.options
+
+    def report_dropped(self, dropped_N: Tensor) -> None:
+        """Fill dropped_mass in place, once the backward pass knows it."""
+        self.dropped_M[slice(None) if self.rows_N is None else self.rows_N] = dropped_N
+
+    def spread(self, fields: tuple[Tensor, ...]) -> PolicyHead:
+        """The fields of the trained tokens in the caller's shape, 0 where masked."""
+        logprobs, entropy, divergence, mass, argmax = (
+            _spread(field, self.rows_N, self.shape) for field in fields
+        )
+        dropped = self.dropped_M.view(self.shape)
+        return PolicyHead(logprobs, entropy, divergence, mass, dropped, argmax)
+
+
+def prepare(
+    operation: str,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float,
+    logit_softcap: float | None,
+    mask: Tensor | None,
+    teacher: TeacherHidden | TeacherTopK | None,
+    divergence: str,
+    alpha: float,
+    tail: str,
+    grad_filter: float | None,
+    workspace_mb: float,
+    backend: str,
+) -> Prepared:
+    """Check and flatten the arguments of `policy_head`, which says what they are."""
     options = _options(
         temperature, teacher, logit_softcap, divergence, alpha, tail, grad_filter, workspace_mb
     )
-    check_head("policy_head", hidden, weight, bias)
+    check_head(operation, hidden, weight, bias)
     for name, tensor in (("targets", targets), ("mask", mask)):
         if tensor is not None and tensor.shape != hidden.shape[:-1]:
             raise ValueError(
-                f"policy_head: {name} must have the shape of hidden without its last dimension, "
+                f"{operation}: {name} must have the shape of hidden without its last dimension, "
                 f"{tuple(hidden.shape[:-1])}; got {tuple(tensor.shape)}"
             )
     shape = targets.shape
     hidden_MD = hidden.reshape(-1, hidden.shape[-1])
     rows_N = None if mask is None else mask.reshape(-1).to(torch.bool).nonzero().squeeze(1)
     targets_N = _trained(targets.reshape(-1), rows_N).contiguous()
-    check_ids("policy_head", "targets", targets_N, len(weight))
+    check_ids(operation, "targets", targets_N, len(weight))
     flat_teacher = _flat_teacher(teacher, shape, rows_N, len(weight))
     if isinstance(flat_teacher, TeacherTopK) and flat_teacher.ids.shape[-1] == len(weight):
         # Nothing is left for a bucket: the rounding of the teacher's mass would become its tail.
-        options = dataclasses.replace(options, tail="truncate") if tail == "bucket" else options
-    module = backend_for("policy_head", hidden, backend)
-    dropped_M = hidden.new_zeros(len(hidden_MD), dtype=reference.statistics_dtype(hidden, weight))
-
-    def report_dropped(dropped_N: Tensor) -> None:
-        dropped_M[slice(None) if rows_N is None else rows_N] = dropped_N
-
-    with torch.autocast(hidden.device.type, enabled=False):
-        if module is None:
-            student = Head(_trained(hidden_MD, rows_N), weight, bias)
-            if isinstance(flat_teacher, Head):
-                flat_teacher = flat_teacher._replace(
-                    hidden_ND=_trained(flat_teacher.hidden_ND, rows_N)
-                )
-            fields = reference.policy_head(
-                student, targets_N, flat_teacher, options, report_dropped
-            )
-        else:
-            fields = _PolicyHeadFunction.apply(  # type: ignore[no-untyped-call]
-                hidden_MD,
-                weight,
-                bias,
-                targets_N,
-                rows_N,
-                flat_teacher,
-                options,
-                module,
-                report_dropped,
-            )
-    logprobs, entropy, diverged, mass, argmax = (_spread(f, rows_N, shape) for f in fields)
-    return PolicyHead(logprobs, entropy, diverged, mass, dropped_M.view(shape), argmax)
+        options = replace(options, tail="truncate") if tail == "bucket" else options
+    dtype = reference.statistics_dtype(hidden, weight)
+    return Prepared(
+        student=Head(hidden_MD, weight, bias),
+        targets_N=targets_N,
+        rows_N=rows_N,
+        teacher=flat_teacher,
+        options=options,
+        module=backend_for("policy_head", hidden, backend),
+        shape=shape,
+        dropped_M=hidden.new_zeros(len(hidden_MD), dtype=dtype),
+    )
 
 
 def _options(

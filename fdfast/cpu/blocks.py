@@ -62,6 +62,20 @@ def widened(head: Head, block: slice, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return head.weight_VD[block].to(dtype), None if bias_V is None else bias_V[block].to(dtype)
 
 
+def widened_all(
+    heads: list[Head], block: slice, dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor | None]]:
+    """`widened` of each head; a weight that student and teacher share is widened once."""
+    first = widened(heads[0], block, dtype)
+    blocks = [first]
+    for head in heads[1:]:
+        bias_B = None if head.bias_V is None else head.bias_V[block].to(dtype)
+        shared = head.weight_VD.data_ptr() == heads[0].weight_VD.data_ptr()
+        shared = shared and head.weight_VD.stride() == heads[0].weight_VD.stride()
+        blocks.append((first[0], bias_B) if shared else widened(head, block, dtype))
+    return blocks
+
+
 def _wide_columns_bytes(head: Head | None, dtype: torch.dtype) -> int:
     """Bytes a vocabulary column of the head needs in its widened copy: none where the weight is
     `dtype` already.
@@ -91,7 +105,7 @@ class RowBlocks:
         self.rows_N, self.dtype = rows_N, dtype
         self.num_tokens = len(student.hidden_ND) if rows_N is None else len(rows_N)
         self.vocabulary = len(student.weight_VD)
-        wide = max(_wide_columns_bytes(head, dtype) for head in self.heads)
+        wide = sum(_wide_columns_bytes(head, dtype) for head in self.heads)
         self.columns = self.vocabulary
         if wide:  # a quarter of the workspace holds the widened copy
             self.columns = max(1, min(self.vocabulary, workspace_bytes // 4 // wide))
@@ -110,13 +124,13 @@ class RowBlocks:
     def project(self, chunk: slice) -> tuple[Tensor, Tensor | None]:
         """Raw logits of the chunk, (R, V), of student and teacher."""
         R = chunk.stop - chunk.start
-        logits = []
-        for head, buffer in zip(self.heads, self.buffers, strict=True):
-            out_RV = buffer[: R * self.vocabulary].view(R, self.vocabulary)
-            hidden_RD = hidden_rows(head, self.rows_N, chunk, self.dtype)
-            for block in slices(self.vocabulary, self.columns):
-                project(out_RV[:, block], hidden_RD, *widened(head, block, self.dtype))
-            logits.append(out_RV)
+        logits = [b[: R * self.vocabulary].view(R, self.vocabulary) for b in self.buffers]
+        hidden = [hidden_rows(h, self.rows_N, chunk, self.dtype) for h in self.heads]
+        for block in slices(self.vocabulary, self.columns):
+            heads = widened_all(self.heads, block, self.dtype)
+            for head, rows_RD, out_RV in zip(heads, hidden, logits, strict=True):
+                project(out_RV[:, block], rows_RD, *head)
+            del heads, head  # before the next block's are made
         return logits[0], logits[1] if len(logits) > 1 else None
 
 
@@ -190,7 +204,7 @@ class TileBlocks:
 
     def widened(self, block: slice) -> list[tuple[Tensor, Tensor | None]]:
         """Weight and bias of the block, of student and teacher, in the dtype of the sums."""
-        return [widened(head, block, self.dtype) for head in self.heads]
+        return widened_all(self.heads, block, self.dtype)
 
     def project(
         self, chunk: slice, hidden_RD: Tensor, heads: list[tuple[Tensor, Tensor | None]]

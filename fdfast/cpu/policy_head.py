@@ -1,74 +1,48 @@
 """policy_head on the CPU: PyTorch's GEMMs on bounded blocks, the elementwise part fused in C++
-(csrc/policy_head.cpp).
+(csrc/).
 
-Forward: a chunk of tokens meets the whole vocabulary, so every statistic of a row is exact and
-final at once.
-Backward: blocks of tokens x vocabulary are projected again; the gradient of a vocabulary block is
-finished before the
-next begins, so its float32 sum needs no second copy of the weight. With a grad filter one more
-sweep finds, for each
-token, the size below which entries may be dropped.
+Two ways, as on the GPU:
+- *recompute* (`policy_head_fwd`, `policy_head_bwd`), for any upstream gradient. Forward: a chunk of
+tokens meets the
+  whole vocabulary, so every statistic of a row is exact and final at once. Backward: blocks of
+  tokens x vocabulary are
+  projected again; the gradient of a vocabulary block is finished before the next begins, so its
+  float32 sum needs no
+  second copy of the weight. 6 GEMMs with a TeacherHidden, 4 without.
+- *token chunk* (`policy_head_loss_fwd`), where the loss of a token is known from the token alone: a
+chunk's logits
+  become its dlogits in place, and nothing is projected twice. 4 GEMMs with a TeacherHidden, 3
+  without.
 
 Memory beside inputs, gradients and N-sized outputs: the workspace of the options. A bfloat16 or
 float16 `hidden`
 holds its gradient once more in float32 while it is summed.
-Legend: N trained tokens, D hidden, V vocabulary, K top-k, R tokens of a chunk, B vocabulary columns
+Legend: M tokens, N trained ones, D hidden, V vocabulary, R tokens of a chunk, B vocabulary columns
 of a block.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fdfast import _cpu
-from fdfast.cpu.blocks import RowBlocks, TileBlocks, call, hidden_rows, tile_shape
-from fdfast.divergences import NEG_INF, TABLE
-from fdfast.reference import divergence_on_topk, statistics_dtype
+from fdfast.cpu.blocks import RowBlocks, TileBlocks, hidden_rows, tile_shape
+from fdfast.cpu.gemm import fast_gemms, onednn_scratch_bytes
+from fdfast.cpu.head_terms import (
+    GradTerms,
+    HeadStats,
+    Upstream,
+    fill_statistics,
+    filter_threshold,
+)
+from fdfast.reference import statistics_dtype
 from fdfast.types import Head, HeadOptions, TeacherTopK
 
 # The filter's second sweep sees logits that differ by a rounding; this much of the bound is kept
-# back for it.
+# for it.
 FILTER_MARGIN = 1e-3
 
-
-@dataclass
-class HeadStats:
-    """What the forward pass keeps for the backward pass: N-sized, float64."""
-
-    norm_N2: Tensor  # the student's log-sum-exp as (max, log_sum)
-    teacher_norm_N2: Tensor
-    entropy_N: Tensor
-    center_N: Tensor  # the constant in the divergence's gradient, see csrc
-    topk: "TopKGradient | None" = None
-
-
-@dataclass
-class TopKGradient:
-    """The divergence to a TeacherTopK, by dz: at its K tokens, and what multiplies p_S at every
-    other.
-    """
-
-    log_p_NK: Tensor
-    dz_NK: Tensor
-    coef_N: Tensor
-
-
-def _head_math(options: HeadOptions) -> _cpu.HeadMath:
-    return _cpu.HeadMath(
-        divergence=TABLE[options.divergence].code,
-        alpha=options.alpha,
-        temperature=options.temperature,
-        teacher_temperature=options.teacher_temperature,
-        softcap=options.logit_softcap or 0.0,
-    )
-
-
-def _filter_copies(options: HeadOptions) -> int:
-    """Tensors of a block's shape that a filter makes: magnitudes, the gathered ones, those in
-    float64.
-    """
-    return 0 if options.grad_filter is None else 4
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def policy_head_fwd(
@@ -88,193 +62,25 @@ def policy_head_fwd(
         options: everything that is no tensor.
         rows_N: which of the M tokens are trained; None for all.
     """
-    N, V = len(targets_N), len(student.weight_VD)
-    dtype = statistics_dtype(student.hidden_ND, student.weight_VD)
-    math = _head_math(options)
-    logprobs_N, divergence_N, mass_N = (torch.zeros(N, dtype=torch.float64) for _ in range(3))
-    stats = HeadStats(
-        norm_N2=mass_N.new_zeros(N, 2),
-        teacher_norm_N2=mass_N.new_zeros(N, 2),
-        entropy_N=mass_N.new_zeros(N),
-        center_N=mass_N.new_zeros(N),
-    )
-    argmax_N = torch.zeros(N, dtype=torch.int64)
-    topk = teacher if isinstance(teacher, TeacherTopK) else None
-    if topk is not None:
-        z_NK, tail_norm_N2 = mass_N.new_zeros(topk.ids.shape), mass_N.new_zeros(N, 2)
-    blocks = RowBlocks(
-        student,
-        teacher if isinstance(teacher, Head) else None,
-        rows_N,
-        dtype=dtype,
-        workspace_bytes=options.workspace_bytes,
-    )
+    blocks = _row_blocks(student, teacher, options, rows_N)
     # A workspace that is too small for the backward pass is an error before any work is done.
     tile_shape(
         student,
         blocks.teacher,
-        N,
-        dtype,
-        options.workspace_bytes,
+        len(targets_N),
+        blocks.dtype,
+        _logits_bytes(student, options),
         copies=_filter_copies(options),
     )
-    threads = torch.get_num_threads()
-    for rows in blocks.chunks():
-        R = rows.stop - rows.start
-        student_RV, teacher_RV = blocks.project(rows)
-        call(
-            "head_stats",
-            dtype,
-            student_RV,
-            teacher_RV,
-            R,
-            V,
-            targets_N[rows],
-            math,
-            threads,
-            stats.norm_N2[rows],
-            stats.teacher_norm_N2[rows],
-            logprobs_N[rows],
-            stats.entropy_N[rows],
-            divergence_N[rows],
-            stats.center_N[rows],
-            argmax_N[rows],
-        )
-        if topk is not None:
-            z_NK[rows] = student_RV.gather(1, topk.ids[rows]).double()
-            student_RV.scatter_(1, topk.ids[rows], NEG_INF)
-            call("row_norms", dtype, student_RV, R, V, threads, tail_norm_N2[rows])
-    mass_N.fill_(1.0)
-    if topk is not None:
-        mass_N = topk.logprobs.double().exp().sum(1)
-        divergence_N, stats.topk = _topk_divergence(topk, z_NK, tail_norm_N2, stats, options)
-    fields = (logprobs_N, stats.entropy_N, divergence_N, mass_N)
-    return (*(x.to(dtype) for x in fields), argmax_N), stats
-
-
-@torch.enable_grad()
-def _topk_divergence(
-    teacher: TeacherTopK, z_NK: Tensor, tail_norm_N2: Tensor, stats: HeadStats, options: HeadOptions
-) -> tuple[Tensor, TopKGradient]:
-    """The divergence through K tokens and a tail, (N,), and its gradient by the logits; all
-    float64.
-
-    With w = d(divergence)/d(log p) and W their sum, dz_v = w_v - p_v W at the K tokens, and every
-    token of the tail has
-    its share p_v / p_tail of w_tail: dz_v = p_v (w_tail / p_tail - W).
-    """
-    max_N1, log_sum_N1 = stats.norm_N2[:, :1], stats.norm_N2[:, 1:]
-    s_NK = ((z_NK - max_N1) - log_sum_N1).requires_grad_()
-    s_tail_N = (tail_norm_N2[:, 0] - max_N1[:, 0]) + (tail_norm_N2[:, 1] - log_sum_N1[:, 0])
-    s_tail_N.requires_grad_()
-    divergence_N = divergence_on_topk(
-        options.divergence,
-        teacher.logprobs.double(),
-        s_NK,
-        s_tail_N,
-        alpha=options.alpha,
-        tail=options.tail,
-    )
-    w_NK, w_tail_N = torch.autograd.grad(
-        divergence_N.sum(), (s_NK, s_tail_N), allow_unused=True, materialize_grads=True
-    )
-    p_NK, p_tail_N = s_NK.detach().exp(), s_tail_N.detach().exp()
-    total_N = w_NK.sum(1) + w_tail_N
-    tail_share_N = torch.where(p_tail_N > 0, w_tail_N / p_tail_N, 0.0)
-    gradient = TopKGradient(
-        log_p_NK=s_NK.detach(), dz_NK=w_NK - p_NK * total_N[:, None], coef_N=tail_share_N - total_N
-    )
-    return divergence_N.detach(), gradient
-
-
-class _GradTerms:
-    """dlogits of any block from the upstream gradients: see head_grads in csrc/policy_head.hpp."""
-
-    def __init__(
-        self,
-        targets_N: Tensor,
-        teacher: Head | TeacherTopK | None,
-        stats: HeadStats,
-        grads: tuple[Tensor, Tensor, Tensor],
-        math: _cpu.HeadMath,
-    ) -> None:
-        g_logprobs_N, g_entropy_N, g_divergence_N = (g.double().contiguous() for g in grads)
-        self.targets_N, self.stats, self.math = targets_N, stats, math
-        self.coef_target_N = g_logprobs_N
-        self.coef_p_N = -g_logprobs_N - g_entropy_N * stats.entropy_N
-        self.coef_plogp_N = -g_entropy_N
-        self.coef_divergence_N = g_divergence_N
-        self.topk_ids_NK: Tensor | None = None
-        self.topk_dz_NK: Tensor | None = None
-        if stats.topk is not None:
-            assert isinstance(teacher, TeacherTopK)
-            log_p_NK = stats.topk.log_p_NK
-            direct_NK = self.coef_p_N[:, None] + self.coef_plogp_N[:, None] * log_p_NK.clamp(
-                min=-1e300
+    stats = HeadStats.empty(len(targets_N), teacher)
+    with fast_gemms(_scratch_bytes(student, options)):
+        for rows in blocks.chunks():
+            student_RV, teacher_RV = blocks.project(rows)
+            topk = _topk_rows(teacher, rows)
+            fill_statistics(
+                stats.rows(rows), student_RV, teacher_RV, targets_N[rows], topk, options
             )
-            self.topk_ids_NK = teacher.ids.contiguous()
-            self.topk_dz_NK = (
-                log_p_NK.exp() * direct_NK + g_divergence_N[:, None] * stats.topk.dz_NK
-            )
-            self.coef_p_N = self.coef_p_N + g_divergence_N * stats.topk.coef_N
-
-    def apply(self, student_RB: Tensor, teacher_RB: Tensor | None, rows: slice, first: int) -> None:
-        """Replace raw logits of the student's block, from column `first` on, by their gradient."""
-        stats, ids_NK, dz_NK = self.stats, self.topk_ids_NK, self.topk_dz_NK
-        call(
-            "head_grads",
-            student_RB.dtype,
-            student_RB,
-            teacher_RB,
-            *student_RB.shape,
-            first,
-            self.math,
-            torch.get_num_threads(),
-            stats.norm_N2[rows],
-            stats.teacher_norm_N2[rows],
-            stats.center_N[rows],
-            self.coef_p_N[rows],
-            self.coef_plogp_N[rows],
-            self.coef_divergence_N[rows],
-            self.targets_N[rows],
-            self.coef_target_N[rows],
-            None if ids_NK is None else ids_NK[rows],
-            None if dz_NK is None else dz_NK[rows],
-            0 if ids_NK is None else ids_NK.shape[1],
-        )
-
-
-def _filter_thresholds(
-    terms: _GradTerms,
-    student: Head,
-    teacher: Head | None,
-    options: HeadOptions,
-    rows_N: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """For each token the size below which |dlogits| may be dropped, and the sum of |dlogits|, (N,)
-    float64.
-    """
-    assert options.grad_filter is not None
-    blocks = RowBlocks(
-        student, teacher, rows_N, dtype=dtype, workspace_bytes=options.workspace_bytes
-    )
-    threshold_N, total_N = torch.zeros(2, blocks.num_tokens, dtype=torch.float64)
-    for rows in blocks.chunks():
-        dlogits_RV, teacher_RV = blocks.project(rows)
-        terms.apply(dlogits_RV, teacher_RV, rows, 0)
-        share = options.grad_filter * (1 - FILTER_MARGIN)
-        call(
-            "row_thresholds",
-            dtype,
-            dlogits_RV,
-            *dlogits_RV.shape,
-            share,
-            torch.get_num_threads(),
-            threshold_N[rows],
-            total_N[rows],
-        )
-    return threshold_N.to(dtype), total_N
+    return _fields(stats, teacher, blocks.dtype), stats
 
 
 def policy_head_bwd(
@@ -284,7 +90,7 @@ def policy_head_bwd(
     options: HeadOptions,
     rows_N: Tensor | None,
     stats: HeadStats,
-    grads: tuple[Tensor, Tensor, Tensor],
+    upstream: Upstream,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """Gradients of hidden (M, D), weight and bias (None where not needed); the dropped share of
@@ -297,88 +103,267 @@ def policy_head_bwd(
         options: likewise.
         rows_N: likewise.
         stats: what the forward pass returned.
-        grads: upstream gradients of logprobs, entropy and divergence, each (N,).
+        upstream: gradients of logprobs, entropy and divergence, each (N,).
         needs: which of hidden, weight and bias want a gradient.
     """
-    dtype = statistics_dtype(student.hidden_ND, student.weight_VD)
-    hidden_MD, weight_VD, bias_V = student
-    full_teacher = teacher if isinstance(teacher, Head) else None
-    terms = _GradTerms(targets_N, teacher, stats, grads, _head_math(options))
-    dhidden_MD = torch.zeros_like(hidden_MD, dtype=dtype) if needs[0] else None
-    dweight_VD = (
-        torch.zeros_like(weight_VD, memory_format=torch.contiguous_format) if needs[1] else None
-    )
-    dbias_V = None
-    if needs[2] and bias_V is not None:
-        dbias_V = torch.zeros_like(bias_V, dtype=dtype)
-    filtered = options.grad_filter is not None
+    terms = GradTerms(targets_N, teacher, stats, upstream, options)
+    sums = _GradSums(student, needs, rows_N)
     threshold_N = total_N = kept_N = torch.zeros(len(targets_N), dtype=torch.float64)
-    if filtered:
-        threshold_N, total_N = _filter_thresholds(
-            terms, student, full_teacher, options, rows_N, dtype
+    filtered = options.grad_filter is not None
+    with fast_gemms(_scratch_bytes(student, options)):
+        if filtered:
+            threshold_N, total_N = _filter_thresholds(terms, student, teacher, options, rows_N)
+        blocks = TileBlocks(
+            student,
+            teacher if isinstance(teacher, Head) else None,
+            rows_N,
+            dtype=sums.dtype,
+            workspace_bytes=_logits_bytes(student, options),
+            copies=_filter_copies(options),
         )
-    blocks = TileBlocks(
-        student,
-        full_teacher,
-        rows_N,
-        dtype=dtype,
-        workspace_bytes=options.workspace_bytes,
-        copies=_filter_copies(options),
-    )
-    for block in blocks.vocabulary_blocks():
-        heads = blocks.widened(block)
-        weight_BD = heads[0][0]
-        sum_BD = None
-        if dweight_VD is not None:  # summed in place where its dtype allows
-            sum_BD = dweight_VD[block].to(dtype)
-        for rows in blocks.chunks():
-            hidden_RD = hidden_rows(student, rows_N, rows, dtype)
-            dlogits_RB, teacher_RB = blocks.project(rows, hidden_RD, heads)
-            terms.apply(dlogits_RB, teacher_RB, rows, block.start)
-            columns = None
-            if filtered:
-                magnitude_RB = dlogits_RB.abs()
-                columns = (magnitude_RB >= threshold_N[rows, None]).any(0).nonzero().squeeze(1)
-                kept_N[rows] += magnitude_RB[:, columns].sum(1, dtype=torch.float64)
-                del magnitude_RB
-            _add_products(
-                dlogits_RB, columns, hidden_RD, weight_BD, sum_BD, dhidden_MD, rows_N, rows
-            )
-            if dbias_V is not None:
-                dbias_V[block] += dlogits_RB.sum(0)
-        if dweight_VD is not None and sum_BD is not None and dweight_VD.dtype != dtype:
-            dweight_VD[block] = sum_BD
-        del heads, weight_BD, sum_BD  # before the next block's are made
-    dropped_N = torch.zeros_like(kept_N)
-    if filtered:  # a token whose gradient is 0 loses nothing
-        dropped_N = torch.where(total_N > 0, 1.0 - kept_N / total_N, 0.0).clamp(min=0.0)
-    if dhidden_MD is not None:
-        dhidden_MD = dhidden_MD.to(hidden_MD.dtype)
-    if dbias_V is not None and bias_V is not None:
-        dbias_V = dbias_V.to(bias_V.dtype)
-    return dhidden_MD, dweight_VD, dbias_V, dropped_N.to(dtype)
+        for block in blocks.vocabulary_blocks():
+            heads = blocks.widened(block)
+            sum_BD = sums.weight_block(block)
+            for rows in blocks.chunks():
+                hidden_RD = hidden_rows(student, rows_N, rows, sums.dtype)
+                dlogits_RB, teacher_RB = blocks.project(rows, hidden_RD, heads)
+                terms.apply(dlogits_RB, teacher_RB, rows, first=block.start)
+                columns = None
+                if filtered:
+                    columns, kept_R = _active_columns(dlogits_RB, threshold_N[rows])
+                    kept_N[rows] += kept_R
+                sums.add(dlogits_RB, columns, hidden_RD, heads[0][0], sum_BD, rows)
+                sums.add_bias(dlogits_RB, block)
+            sums.finish(block, sum_BD)
+            del heads, sum_BD  # before the next block's are made
+    return *sums.results(), _dropped(kept_N, total_N, sums.dtype)
 
 
-def _add_products(
-    dlogits_RB: Tensor,
-    columns: Tensor | None,
-    hidden_RD: Tensor,
-    weight_BD: Tensor,
-    sum_BD: Tensor | None,
-    dhidden_MD: Tensor | None,
-    rows_N: Tensor | None,
-    rows: slice,
-) -> None:
-    """dweight += dlogits.T @ hidden and dhidden += dlogits @ weight, on the named columns only
-    (None for all).
+def can_chunk(student: Head, needs: tuple[bool, bool, bool]) -> bool:
+    """Whether the token-chunk way stays in its workspace: a weight narrower than the sums would
+    want a copy of them.
     """
-    if columns is not None:
-        dlogits_RB, weight_BD = dlogits_RB[:, columns], weight_BD[columns]
-    if sum_BD is not None and columns is None:
-        sum_BD.addmm_(dlogits_RB.T, hidden_RD)
-    elif sum_BD is not None and columns is not None:
-        sum_BD.index_add_(0, columns, dlogits_RB.T @ hidden_RD)
-    if dhidden_MD is not None and rows_N is None:
-        dhidden_MD[rows].addmm_(dlogits_RB, weight_BD)
-    elif dhidden_MD is not None and rows_N is not None:
-        dhidden_MD.index_add_(0, rows_N[rows], dlogits_RB @ weight_BD)
+    wide = student.weight_VD.dtype == statistics_dtype(student.hidden_ND, student.weight_VD)
+    return wide or not needs[1]
+
+
+def policy_head_loss_fwd(
+    student: Head,
+    targets_N: Tensor,
+    teacher: Head | TeacherTopK | None,
+    options: HeadOptions,
+    rows_N: Tensor | None,
+    token_loss: Callable[[Tensor, Tensor, Tensor, slice], Tensor],
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, tuple[Tensor, ...], Gradients, Tensor]:
+    """The sum of a loss of each token, the fields of policy_head_fwd, the loss's gradients, the
+    dropped share.
+
+    Args:
+        student: as policy_head_fwd.
+        targets_N: likewise.
+        teacher: likewise.
+        options: likewise.
+        rows_N: likewise.
+        token_loss: (logprobs, entropy, divergence, which of the N tokens) -> loss of each of them;
+            differentiable.
+        needs: which of hidden, weight and bias want a gradient.
+    """
+    blocks = _row_blocks(student, teacher, options, rows_N)
+    stats = HeadStats.empty(len(targets_N), teacher)
+    sums = _GradSums(student, needs, rows_N)
+    total = torch.zeros((), dtype=blocks.dtype)
+    dropped_N = torch.zeros(len(targets_N), dtype=torch.float64)
+    everything = slice(0, len(student.weight_VD))
+    weight_sum_VD = sums.weight_block(everything)
+    with fast_gemms(_scratch_bytes(student, options)):
+        for rows in blocks.chunks():
+            student_RV, teacher_RV = blocks.project(rows)
+            chunk, topk = stats.rows(rows), _topk_rows(teacher, rows)
+            fill_statistics(chunk, student_RV, teacher_RV, targets_N[rows], topk, options)
+            loss, upstream = _upstream(chunk, rows, token_loss, blocks.dtype)
+            total += loss
+            terms = GradTerms(targets_N[rows], topk, chunk, upstream, options)
+            terms.apply(student_RV, teacher_RV, slice(None), tempered=True)
+            columns = None
+            if options.grad_filter is not None:
+                threshold_R, total_R = filter_threshold(student_RV, options.grad_filter)
+                columns, kept_R = _active_columns(student_RV, threshold_R)
+                dropped_N[rows] = _dropped(kept_R, total_R, torch.float64)
+            hidden_RD = hidden_rows(student, rows_N, rows, blocks.dtype)
+            sums.add(student_RV, columns, hidden_RD, student.weight_VD, weight_sum_VD, rows)
+            sums.add_bias(student_RV, everything)
+    fields = _fields(stats, teacher, blocks.dtype)
+    return total, fields, sums.results(), dropped_N.to(blocks.dtype)
+
+
+def _scratch_bytes(student: Head, options: HeadOptions) -> int:
+    bfloat16_inputs = student.hidden_ND.dtype == student.weight_VD.dtype == torch.bfloat16
+    return onednn_scratch_bytes(
+        bfloat16_inputs=bfloat16_inputs, workspace_bytes=options.workspace_bytes
+    )
+
+
+def _logits_bytes(student: Head, options: HeadOptions) -> int:
+    """What of the workspace is left for blocks of logits."""
+    return options.workspace_bytes - _scratch_bytes(student, options)
+
+
+def _row_blocks(
+    student: Head,
+    teacher: Head | TeacherTopK | None,
+    options: HeadOptions,
+    rows_N: Tensor | None,
+) -> RowBlocks:
+    return RowBlocks(
+        student,
+        teacher if isinstance(teacher, Head) else None,
+        rows_N,
+        dtype=statistics_dtype(student.hidden_ND, student.weight_VD),
+        workspace_bytes=_logits_bytes(student, options),
+    )
+
+
+def _topk_rows(teacher: Head | TeacherTopK | None, rows: slice) -> TeacherTopK | None:
+    if not isinstance(teacher, TeacherTopK):
+        return None
+    return TeacherTopK(teacher.ids[rows], teacher.logprobs[rows])
+
+
+def _fields(
+    stats: HeadStats, teacher: Head | TeacherTopK | None, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    mass_N = torch.ones_like(stats.logprobs_N)
+    if isinstance(teacher, TeacherTopK):
+        mass_N = teacher.logprobs.double().exp().sum(1)
+    fields = (stats.logprobs_N, stats.entropy_N, stats.divergence_N, mass_N)
+    return (*(x.to(dtype) for x in fields), stats.argmax_N)
+
+
+def _upstream(
+    chunk: HeadStats,
+    rows: slice,
+    token_loss: Callable[[Tensor, Tensor, Tensor, slice], Tensor],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Upstream]:
+    """The chunk's summed loss and its gradients by logprobs, entropy and divergence."""
+    outputs = (chunk.logprobs_N, chunk.entropy_N, chunk.divergence_N)
+    leaves = tuple(x.to(dtype, copy=True).requires_grad_() for x in outputs)
+    with torch.enable_grad():
+        loss = token_loss(leaves[0], leaves[1], leaves[2], rows).sum()
+    if not loss.requires_grad:  # no output reaches it
+        return loss, tuple(torch.zeros_like(x) for x in leaves)  # type: ignore[return-value]
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    return loss.detach(), grads  # type: ignore[return-value]
+
+
+def _filter_copies(options: HeadOptions) -> int:
+    """Tensors of a block's shape that a filter makes: magnitudes, the gathered ones, those in
+    float64.
+    """
+    return 0 if options.grad_filter is None else 4
+
+
+def _filter_thresholds(
+    terms: GradTerms,
+    student: Head,
+    teacher: Head | TeacherTopK | None,
+    options: HeadOptions,
+    rows_N: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """For each token the size below which |dlogits| may be dropped, and the sum of |dlogits|, (N,)
+    float64.
+    """
+    assert options.grad_filter is not None
+    blocks = _row_blocks(student, teacher, options, rows_N)
+    threshold_N, total_N = torch.zeros(2, blocks.num_tokens, dtype=torch.float64)
+    for rows in blocks.chunks():
+        dlogits_RV, teacher_RV = blocks.project(rows)
+        terms.apply(dlogits_RV, teacher_RV, rows)
+        share = options.grad_filter * (1 - FILTER_MARGIN)
+        threshold_N[rows], total_N[rows] = filter_threshold(dlogits_RV, share)
+    return threshold_N, total_N
+
+
+def _active_columns(dlogits_RB: Tensor, threshold_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns that some row needs, and the |dlogits| that they keep of each row, (R,) float64."""
+    magnitude_RB = dlogits_RB.abs()
+    needed_RB = magnitude_RB >= threshold_R[:, None].to(dlogits_RB.dtype)
+    columns = needed_RB.any(0).nonzero().squeeze(1)
+    return columns, magnitude_RB[:, columns].sum(1, dtype=torch.float64)
+
+
+def _dropped(kept_N: Tensor, total_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 - kept / total; a token whose gradient is 0 loses nothing."""
+    return torch.where(total_N > 0, 1.0 - kept_N / total_N, 0.0).clamp(min=0.0).to(dtype)
+
+
+class _GradSums:
+    """The gradients while they are added up, in the statistics dtype: in place where that is the
+    input's own.
+    """
+
+    def __init__(
+        self, student: Head, needs: tuple[bool, bool, bool], rows_N: Tensor | None
+    ) -> None:
+        self.student, self.rows_N = student, rows_N
+        hidden_MD, weight_VD, bias_V = student
+        self.dtype = statistics_dtype(hidden_MD, weight_VD)
+        self.hidden_MD = torch.zeros_like(hidden_MD, dtype=self.dtype) if needs[0] else None
+        contiguous = torch.contiguous_format
+        self.weight_VD = torch.zeros_like(weight_VD, memory_format=contiguous) if needs[1] else None
+        self.bias_V = None
+        if needs[2] and bias_V is not None:
+            self.bias_V = torch.zeros_like(bias_V, dtype=self.dtype)
+
+    def weight_block(self, block: slice) -> Tensor | None:
+        """The sum of a vocabulary block, (B, D); the gradient itself where its dtype allows."""
+        return None if self.weight_VD is None else self.weight_VD[block].to(self.dtype)
+
+    def finish(self, block: slice, sum_BD: Tensor | None) -> None:
+        """Round a finished block to the weight's dtype."""
+        if (
+            self.weight_VD is not None
+            and sum_BD is not None
+            and sum_BD.dtype != self.weight_VD.dtype
+        ):
+            self.weight_VD[block] = sum_BD
+
+    def add(
+        self,
+        dlogits_RB: Tensor,
+        columns: Tensor | None,
+        hidden_RD: Tensor,
+        weight_BD: Tensor,
+        sum_BD: Tensor | None,
+        rows: slice,
+    ) -> None:
+        """dweight += dlogits.T @ hidden and dhidden += dlogits @ weight, on these columns only
+        (None for all).
+        """
+        if columns is not None:
+            dlogits_RB, weight_BD = dlogits_RB[:, columns], weight_BD[columns]
+        if sum_BD is not None and columns is None:
+            sum_BD.addmm_(dlogits_RB.T, hidden_RD)
+        elif sum_BD is not None and columns is not None:
+            sum_BD.index_add_(0, columns, dlogits_RB.T @ hidden_RD)
+        if self.hidden_MD is None:
+            return
+        if self.rows_N is None:
+            self.hidden_MD[rows].addmm_(dlogits_RB, weight_BD.to(self.dtype))
+        else:
+            self.hidden_MD.index_add_(0, self.rows_N[rows], dlogits_RB @ weight_BD.to(self.dtype))
+
+    def add_bias(self, dlogits_RB: Tensor, block: slice) -> None:
+        """dbias += the columns' sums."""
+        if self.bias_V is not None:
+            self.bias_V[block] += dlogits_RB.sum(0)
+
+    def results(self) -> Gradients:
+        """hidden, weight, bias, each in its input's dtype."""
+        hidden_MD, _, bias_V = self.student
+        dhidden_MD = None if self.hidden_MD is None else self.hidden_MD.to(hidden_MD.dtype)
+        dbias_V = self.bias_V
+        if dbias_V is not None and bias_V is not None:
+            dbias_V = dbias_V.to(bias_V.dtype)
+        return dhidden_MD, self.weight_VD, dbias_V

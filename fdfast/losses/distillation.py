@@ -7,8 +7,9 @@ Legend: ... any leading shape, D hidden, V vocabulary, K top-k.
 import torch
 from torch import Tensor
 
-from fdfast.losses.output import LossOutput, masked_mean, masked_sum, normalizer
-from fdfast.policy_head import DEFAULT_WORKSPACE_MB, policy_head
+from fdfast.losses.output import LossOutput, masked_mean, normalizer
+from fdfast.policy_head import DEFAULT_WORKSPACE_MB
+from fdfast.policy_head_loss import policy_head_loss
 from fdfast.types import TeacherHidden, TeacherTopK
 
 
@@ -95,10 +96,19 @@ class FeedbackDistillationLoss(torch.nn.Module):
                 f"FeedbackDistillationLoss: teacher must be TeacherHidden or TeacherTopK; got "
                 f"{type(teacher).__name__}"
             )
-        head = policy_head(
+        trained = (
+            torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.to(torch.bool)
+        )
+        count = normalizer(num_tokens, trained.sum(), "num_tokens")
+
+        def token_loss(_: Tensor, entropy: Tensor, divergence: Tensor, __: Tensor) -> Tensor:
+            return (divergence - self.entropy_coef * entropy) / count
+
+        loss, head = policy_head_loss(
             hidden,
             weight,
             targets,
+            token_loss,
             bias=bias,
             temperature=self.temperature,
             logit_softcap=self.logit_softcap,
@@ -111,13 +121,6 @@ class FeedbackDistillationLoss(torch.nn.Module):
             workspace_mb=self.workspace_mb,
             backend=self.backend,
         )
-        trained = (
-            torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.to(torch.bool)
-        )
-        total = masked_sum(head.divergence, trained)
-        if self.entropy_coef:
-            total = total - self.entropy_coef * masked_sum(head.entropy, trained)
-        loss = total / normalizer(num_tokens, trained.sum(), "num_tokens")
         metrics = {
             "loss": loss.detach(),
             "kl": masked_mean(head.divergence, trained),

@@ -34,7 +34,8 @@ class LossOutput:
             is the whole loss.
         metrics: name -> scalar without gradient, means over this call's trained tokens (or
             sequences), TRL's names.
-        head: every per-token output, shape of `targets`, for reductions of your own.
+        head: every per-token output, shape of `targets`, without gradient (for a loss of your own
+            take `policy_head`).
     """
 
     loss: Tensor

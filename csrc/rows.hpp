@@ -1,0 +1,40 @@
+// One row of logits at a time: the loops over the vocabulary, chosen once for the machine. See rows_kernel.hpp.
+#pragma once
+
+#include <cstdint>
+
+#include "policy_head.hpp"
+
+namespace fdfast {
+
+// A row's coefficients: dz = p (p + plogp * log p) + divergence * d(divergence)/dz, whose constant is `center`.
+struct RowCoefs {
+  double p, plogp, divergence, center;
+};
+
+// All but `temper` take z. `weighted` (may be null) receives sum p (z - max).
+template <typename T>
+struct RowLoops {
+  void (*temper)(T* row, int64_t V, T softcap, T inv_temperature);
+  RowNorm (*norm)(const T* z, int64_t V, double* weighted);
+  void (*divergence)(const T* s, const T* t, int64_t V, RowNorm n, RowNorm m, const HeadMath& math, double* value,
+                     double* center);
+  void (*gradient)(T* s, const T* t, int64_t V, const HeadMath& math, RowNorm n, RowNorm m, RowCoefs coefs);
+};
+
+namespace generic {
+RowLoops<float> float_loops();
+RowLoops<double> double_loops();
+}  // namespace generic
+#if defined(__x86_64__)
+namespace avx2 {
+RowLoops<float> float_loops();
+RowLoops<double> double_loops();
+}  // namespace avx2
+namespace avx512 {
+RowLoops<float> float_loops();
+RowLoops<double> double_loops();
+}  // namespace avx512
+#endif
+
+}  // namespace fdfast

@@ -1,0 +1,2 @@
+#define FDFAST_ROWS generic
+#include "rows_kernel.hpp"

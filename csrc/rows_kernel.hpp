@@ -1,0 +1,371 @@
+// The row loops of policy_head, compiled once for each instruction set: rows_avx512.cpp, rows_avx2.cpp and
+// rows_generic.cpp define FDFAST_ROWS and include this. Nothing of the standard library but its types: an inline
+// function of it, compiled here for AVX-512, could be the copy that the linker keeps for all machines.
+//
+// Legend: V vocabulary (or a block of it); z = softcap(raw) / temperature the tempered logits; s, t log-probabilities of
+// student and teacher, p and p_t their exponentials, d = t - s.
+#include <cstdint>
+
+#include "rows.hpp"
+
+#define FDFAST_INLINE inline __attribute__((always_inline))
+
+namespace fdfast::FDFAST_ROWS {
+namespace {
+
+// A register's worth of numbers: GCC and Clang split it where the machine's registers are narrower.
+template <typename T>
+struct Simd;
+template <>
+struct Simd<float> {
+  typedef float Vec __attribute__((vector_size(64)));
+  typedef int32_t Int __attribute__((vector_size(64)));
+};
+template <>
+struct Simd<double> {
+  typedef double Vec __attribute__((vector_size(64)));
+  typedef int64_t Int __attribute__((vector_size(64)));
+};
+template <typename T>
+using Vec = typename Simd<T>::Vec;
+using VecF = Vec<float>;
+using VecI = Simd<float>::Int;
+using VecD = Vec<double>;
+template <typename T>
+constexpr int64_t kLanes = 64 / sizeof(T);
+template <typename V>
+struct LaneOf;
+template <>
+struct LaneOf<VecF> {
+  using type = float;
+};
+template <>
+struct LaneOf<VecD> {
+  using type = double;
+};
+template <typename V>
+using Lane = LaneOf<V>::type;
+
+template <typename T>
+constexpr T kInf = static_cast<T>(__builtin_inf());
+
+template <typename V>
+FDFAST_INLINE V abs_(V x) {
+  return x < Lane<V>(0) ? -x : x;
+}
+template <typename T>
+FDFAST_INLINE Vec<T> all(T x) {
+  return x - Vec<T>{};
+}
+template <typename T>
+FDFAST_INLINE double total(Vec<T> x) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < kLanes<T>; ++i) sum += x[i];
+  return sum;
+}
+
+// e^x, 0 below -87 and e^88 above 88: 2^n by the exponent bits, e^r by a polynomial. 1 ulp.
+FDFAST_INLINE VecF exp_(VecF x) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low mantissa bits
+  VecF clamped = x < -87.0f ? all(-87.0f) : x;
+  clamped = clamped > 88.0f ? all(88.0f) : clamped;
+  const VecF shifted = clamped * 1.44269504f + magic;
+  const VecF n = shifted - magic;
+  const VecF r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  VecF y = r * 1.98412698e-4f + 1.38888889e-3f;
+  y = y * r + 8.33333333e-3f;
+  y = y * r + 4.16666667e-2f;
+  y = y * r + 1.66666667e-1f;
+  y = y * r + 0.5f;
+  y = y * (r * r) + r + 1.0f;
+  const VecI scale = ((VecI)shifted + 127) << 23;  // the magic number's own bits leave at the top
+  return x < -87.0f ? all(0.0f) : y * (VecF)scale;
+}
+// Clamped likewise: p and e^(t - s) never become a subnormal and an infinity whose product is NaN.
+FDFAST_INLINE VecD exp_(VecD x) {
+  VecD y;
+  for (int64_t i = 0; i < kLanes<double>; ++i) y[i] = x[i] < -708.0 ? 0.0 : __builtin_exp(x[i] < 708.0 ? x[i] : 708.0);
+  return y;
+}
+
+// log x for x > 0 normal: x = m 2^e with m in [1/sqrt2, sqrt2), log m by a polynomial in m - 1.
+FDFAST_INLINE VecF log_(VecF x) {
+  const VecI e = ((VecI)x - 0x3f3504f3) >> 23;
+  const VecF f = (VecF)((VecI)x - (e << 23)) - 1.0f;
+  VecF y = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  y = y * f + 1.1676998740e-1f;
+  y = y * f - 1.2420140846e-1f;
+  y = y * f + 1.4249322787e-1f;
+  y = y * f - 1.6668057665e-1f;
+  y = y * f + 2.0000714765e-1f;
+  y = y * f - 2.4999993993e-1f;
+  y = y * f + 3.3333331174e-1f;
+  const VecF log_m = f - 0.5f * f * f + f * f * f * y;
+  return x == kInf<float> ? x : log_m + __builtin_convertvector(e, VecF) * 0.69314718f;
+}
+FDFAST_INLINE VecD log_(VecD x) {
+  for (int64_t i = 0; i < kLanes<double>; ++i) x[i] = __builtin_log(x[i]);
+  return x;
+}
+
+// phi(x) = e^x - 1 - x: by its series where the plain form would cancel.
+constexpr double kNear = 0.5;
+template <typename V>
+FDFAST_INLINE V phi_near(V x) {
+  using T = Lane<V>;
+  constexpr int kLast = sizeof(T) == 4 ? 9 : 16;  // 0.5^k / k! below one rounding of phi(0.5)
+  V y = x * (T(1) / kLast) + T(1);
+#pragma GCC unroll 16
+  for (int k = kLast - 1; k >= 3; --k) y = x * (y * (T(1) / k)) + T(1);
+  return x * x * T(0.5) * y;
+}
+template <typename V>
+FDFAST_INLINE V expm1_(V x) {
+  using T = Lane<V>;
+  return abs_(x) < T(kNear) ? x + phi_near(x) : exp_(x) - T(1);
+}
+// log(1 + y) for y > -1: the rounding of 1 + y is divided out again.
+FDFAST_INLINE VecF log1p_(VecF y) {
+  const VecF u = 1.0f + y;
+  const VecF lost = u - 1.0f;
+  const VecF log_u = log_(u);
+  return lost == 0.0f ? y : (u > 1e30f ? log_u : log_u * (y / lost));
+}
+FDFAST_INLINE VecD log1p_(VecD y) {
+  for (int64_t i = 0; i < kLanes<double>; ++i) y[i] = __builtin_log1p(y[i]);
+  return y;
+}
+
+// p_b - p_a - p_a x where x = log(p_b / p_a), that is p_a phi(x): one outcome's share of KL(a || b).
+template <typename V>
+FDFAST_INLINE V kl_term(V p_a, V p_b, V x) {
+  using T = Lane<V>;
+  const V far = p_b - p_a - p_a * x;
+  const V near = p_a * phi_near(x);
+  return p_a == T(0) ? p_b : (abs_(x) < T(kNear) ? near : far);
+}
+
+// log(rest + weight e^x) with rest + weight = 1: the log of a mixture over one of its parts. Where the mixture is far
+// below that part, log1p of a number near -1 would have lost it.
+template <typename V>
+FDFAST_INLINE V log_mix(Lane<V> rest, Lane<V> weight, V x) {
+  const V e = expm1_(x) * weight;
+  const V far = log_(rest + weight * exp_(x));
+  return e < Lane<V>(-0.5) ? far : log1p_(e);
+}
+
+template <typename V>
+FDFAST_INLINE V tanh_(V y) {
+  using T = Lane<V>;
+  const V e = expm1_((y > T(20) ? y * T(0) + T(20) : y) * T(2));
+  return e / (e + T(2));
+}
+
+// Outcome by outcome: f(t, s) as a non-negative term, and the term whose sum is the row's center.
+template <Divergence kind, typename V, typename T = Lane<V>>
+FDFAST_INLINE void divergence_terms(V p, V p_t, V d, T alpha, T rest, V& value, V& center) {
+  if constexpr (kind == Divergence::forward_kl) {
+    value = kl_term(p_t, p, -d);
+    center = V{};
+  } else if constexpr (kind == Divergence::reverse_kl) {
+    value = kl_term(p, p_t, d);
+    center = value;
+  } else {
+    const V p_m = alpha * p_t + rest * p;
+    const V teacher_part = kl_term(p_t, p_m, log_mix(alpha, rest, -d));
+    if constexpr (kind == Divergence::jsd) {
+      const V student_part = kl_term(p, p_m, log_mix(rest, alpha, d));
+      value = alpha * teacher_part + rest * student_part;
+      center = student_part;
+    } else {
+      const V x = expm1_(d);
+      value = teacher_part;
+      center = p == T(0) ? V{} : p * (rest * x / (T(1) + alpha * x));
+    }
+  }
+}
+
+// d(divergence)/dz of one outcome.
+template <Divergence kind, typename V, typename T = Lane<V>>
+FDFAST_INLINE V divergence_grad(V p, V p_t, V d, T alpha, T rest, T center) {
+  if constexpr (kind == Divergence::forward_kl) {
+    return abs_(d) < T(kNear) ? -p * (d + phi_near(d)) : p - p_t;
+  } else if constexpr (kind == Divergence::reverse_kl) {
+    return p == T(0) ? V{} : p * (-d - center);
+  } else if constexpr (kind == Divergence::jsd) {
+    return p == T(0) ? V{} : rest * p * (-log_mix(rest, alpha, d) - center);
+  } else {
+    const V x = expm1_(d);
+    const V q = rest * x / (T(1) + alpha * x);
+    return p == T(0) ? V{} : -rest * p * (q - center);
+  }
+}
+
+// A whole vector of a row, or its last lanes: past the end stands -inf, whose probability is 0.
+struct Whole {};
+struct Part {
+  int64_t lanes;
+};
+template <typename T>
+FDFAST_INLINE Vec<T> load(const T* at, Whole) {
+  Vec<T> x;
+  __builtin_memcpy(&x, at, sizeof x);
+  return x;
+}
+template <typename T>
+FDFAST_INLINE Vec<T> load(const T* at, Part part) {
+  Vec<T> x = all(-kInf<T>);
+  __builtin_memcpy(&x, at, part.lanes * sizeof(T));
+  return x;
+}
+template <typename T>
+FDFAST_INLINE void store(T* at, Whole, Vec<T> x) {
+  __builtin_memcpy(at, &x, sizeof x);
+}
+template <typename T>
+FDFAST_INLINE void store(T* at, Part part, Vec<T> x) {
+  __builtin_memcpy(at, &x, part.lanes * sizeof(T));
+}
+template <typename T, typename Body>
+FDFAST_INLINE void for_vectors(int64_t begin, int64_t end, const Body& body) {
+  int64_t v = begin;
+  for (; v + kLanes<T> <= end; v += kLanes<T>) body(v, Whole{});
+  if (v < end) body(v, Part{end - v});
+}
+
+constexpr int64_t kStrip = 4096;  // float sums run over a strip, strips are summed in double
+FDFAST_INLINE int64_t strip_end(int64_t begin, int64_t V) { return V < begin + kStrip ? V : begin + kStrip; }
+
+template <typename T>
+void temper_row(T* row, int64_t V, T softcap, T inv_temperature) {
+  if (softcap == T(0) && inv_temperature == T(1)) return;
+  for_vectors<T>(0, V, [&](int64_t v, auto extent) __attribute__((always_inline)) {
+    Vec<T> x = load(row + v, extent);
+    if (softcap > T(0)) x = softcap * tanh_(x / softcap);
+    store(row + v, extent, x * inv_temperature);
+  });
+}
+
+// log-sum-exp of a row; *weighted receives sum p (z - max), for the entropy.
+template <typename T>
+RowNorm norm_row(const T* z, int64_t V, double* weighted) {
+  Vec<T> tops = all(-kInf<T>);
+  for_vectors<T>(0, V, [&](int64_t v, auto extent) __attribute__((always_inline)) {
+    const Vec<T> x = load(z + v, extent);
+    tops = x > tops ? x : tops;
+  });
+  T top = -kInf<T>;
+  for (int64_t i = 0; i < kLanes<T>; ++i) top = tops[i] > top ? tops[i] : top;
+  if (top == -kInf<T>) return {-kInf<double>, 0.0};
+  double sum = 0.0, dot = 0.0;
+  for (int64_t begin = 0; begin < V; begin += kStrip) {
+    Vec<T> sums{}, dots{};
+    for_vectors<T>(begin, strip_end(begin, V), [&](int64_t v, auto extent) __attribute__((always_inline)) {
+      const Vec<T> x = load(z + v, extent) - top;
+      const Vec<T> e = exp_(x);
+      sums += e;
+      dots += e == T(0) ? Vec<T>{} : e * x;
+    });
+    sum += total<T>(sums);
+    dot += total<T>(dots);
+  }
+  if (weighted != nullptr) *weighted = dot / sum;
+  return {static_cast<double>(top), __builtin_log(sum)};
+}
+
+template <Divergence kind, typename T>
+FDFAST_INLINE void divergence_row(const T* s, const T* t, int64_t V, RowNorm n, RowNorm m, double alpha, double* value,
+                                  double* center) {
+  const T top = n.max, log_sum = n.log_sum, t_top = m.max, t_log_sum = m.log_sum, shift = m.log_sum - n.log_sum;
+  double sum = 0.0, center_sum = 0.0;
+  for (int64_t begin = 0; begin < V; begin += kStrip) {
+    Vec<T> terms{}, centers{};
+    for_vectors<T>(begin, strip_end(begin, V), [&](int64_t v, auto extent) __attribute__((always_inline)) {
+      const Vec<T> a = load(s + v, extent) - top, b = load(t + v, extent) - t_top;
+      Vec<T> term, center_term;
+      divergence_terms<kind>(exp_(a - log_sum), exp_(b - t_log_sum), (b - a) - shift, T(alpha), T(1.0 - alpha), term,
+                             center_term);
+      terms += term;
+      centers += center_term;
+    });
+    sum += total<T>(terms);
+    center_sum += total<T>(centers);
+  }
+  *value = sum;
+  *center = center_sum;
+}
+
+template <bool capped, typename T>
+FDFAST_INLINE Vec<T> slope(Vec<T> z, T softcap, T inv_temperature) {
+  if constexpr (!capped) return all(inv_temperature);
+  const Vec<T> u = z / (inv_temperature * softcap);
+  return (T(1) - u * u) * inv_temperature;
+}
+
+template <Divergence kind, bool capped, typename T>
+FDFAST_INLINE void grad_row(T* s, const T* t, int64_t V, const HeadMath& math, RowNorm n, RowNorm m, RowCoefs c) {
+  const T top = n.max, log_sum = n.log_sum, t_top = m.max, t_log_sum = m.log_sum, shift = m.log_sum - n.log_sum;
+  for_vectors<T>(0, V, [&](int64_t v, auto extent) __attribute__((always_inline)) {
+    const Vec<T> z = load(s + v, extent), a = z - top, log_p = a - log_sum, p = exp_(log_p);
+    const Vec<T> b = load(t + v, extent) - t_top, p_t = exp_(b - t_log_sum);
+    const Vec<T> direct = p == T(0) ? Vec<T>{} : p * (T(c.p) + T(c.plogp) * log_p);
+    const Vec<T> toward =
+        divergence_grad<kind>(p, p_t, (b - a) - shift, T(math.alpha), T(1.0 - math.alpha), T(c.center));
+    const Vec<T> dz = direct + T(c.divergence) * toward;
+    store(s + v, extent, dz * slope<capped>(z, T(math.softcap), T(math.inv_temperature)));
+  });
+}
+template <bool capped, typename T>
+FDFAST_INLINE void grad_row_alone(T* s, int64_t V, const HeadMath& math, RowNorm n, RowCoefs c) {
+  const T top = n.max, log_sum = n.log_sum;
+  for_vectors<T>(0, V, [&](int64_t v, auto extent) __attribute__((always_inline)) {
+    const Vec<T> z = load(s + v, extent), log_p = (z - top) - log_sum, p = exp_(log_p);
+    const Vec<T> dz = p == T(0) ? Vec<T>{} : p * (T(c.p) + T(c.plogp) * log_p);
+    store(s + v, extent, dz * slope<capped>(z, T(math.softcap), T(math.inv_temperature)));
+  });
+}
+template <bool capped, typename T>
+FDFAST_INLINE void grad_dispatch(T* s, const T* t, int64_t V, const HeadMath& math, RowNorm n, RowNorm m, RowCoefs c) {
+  if (t == nullptr) return grad_row_alone<capped>(s, V, math, n, c);
+  switch (math.divergence) {
+    case Divergence::forward_kl:
+      return grad_row<Divergence::forward_kl, capped>(s, t, V, math, n, m, c);
+    case Divergence::reverse_kl:
+      return grad_row<Divergence::reverse_kl, capped>(s, t, V, math, n, m, c);
+    case Divergence::jsd:
+      return grad_row<Divergence::jsd, capped>(s, t, V, math, n, m, c);
+    case Divergence::skew_kl:
+      return grad_row<Divergence::skew_kl, capped>(s, t, V, math, n, m, c);
+  }
+}
+
+template <typename T>
+void divergence_of_row(const T* s, const T* t, int64_t V, RowNorm n, RowNorm m, const HeadMath& math, double* value,
+                       double* center) {
+  switch (math.divergence) {
+    case Divergence::forward_kl:
+      return divergence_row<Divergence::forward_kl>(s, t, V, n, m, math.alpha, value, center);
+    case Divergence::reverse_kl:
+      return divergence_row<Divergence::reverse_kl>(s, t, V, n, m, math.alpha, value, center);
+    case Divergence::jsd:
+      return divergence_row<Divergence::jsd>(s, t, V, n, m, math.alpha, value, center);
+    case Divergence::skew_kl:
+      return divergence_row<Divergence::skew_kl>(s, t, V, n, m, math.alpha, value, center);
+  }
+}
+template <typename T>
+void gradient_of_row(T* s, const T* t, int64_t V, const HeadMath& math, RowNorm n, RowNorm m, RowCoefs c) {
+  if (math.softcap > 0.0) return grad_dispatch<true>(s, t, V, math, n, m, c);
+  return grad_dispatch<false>(s, t, V, math, n, m, c);
+}
+
+}  // namespace
+
+RowLoops<float> float_loops() {
+  return {temper_row<float>, norm_row<float>, divergence_of_row<float>, gradient_of_row<float>};
+}
+RowLoops<double> double_loops() {
+  return {temper_row<double>, norm_row<double>, divergence_of_row<double>, gradient_of_row<double>};
+}
+
+}  // namespace fdfast::FDFAST_ROWS
