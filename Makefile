@@ -13,7 +13,7 @@ help:
 	@echo "make demo       Feedback Distillation on a real model with real Lean (minutes)"
 	@echo "make test       lint, types and the tests (minutes)"
 	@echo "make test-slow  the minutes-long proofs"
-	@echo "make bench      policy_head against plain PyTorch"
+	@echo "make bench      policy_head against Liger-Kernel, TRL, plain PyTorch and the GEMMs"
 	@echo "make lint       ruff and mypy alone"
 	@echo "make venv       .venv with all that tests and demo need; the others make it themselves"
 
@@ -53,7 +53,8 @@ lint: venv
 	@$(BIN)/mypy
 
 bench: venv
-	@$(BIN)/python benchmarks/harness.py
+	@$(PIP) --no-build-isolation --editable '.[dev,peers]'
+	@$(BIN)/python -m benchmarks.harness
 
 clean:
 	rm -rf $(VENV) build fdfast.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

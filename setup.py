@@ -1,4 +1,4 @@
-"""Only the C++ extension: every other setting is in pyproject.toml."""
+"""The C++ extension alone: every other setting is in pyproject.toml."""
 
 from glob import glob
 

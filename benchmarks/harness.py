@@ -27,7 +27,7 @@ COLUMNS = (
     "wall_s",
     "wall_p20_s",
 )
-COLUMNS += ("wall_p80_s", "cpu_s", "peak_mib")
+COLUMNS += ("wall_p80_s", "cpu_s", "peak_mib", "dhidden_error", "dweight_error")
 
 
 def main() -> int:
@@ -48,7 +48,7 @@ def main() -> int:
         if done.returncode:
             return done.returncode
         rows = summarize(json.loads(data.read_text())["benchmarks"])
-    where = HERE / "results" / f"{machine().replace(' ', '_').lower()}.csv"
+    where = HERE / "results" / f"policy_head_{machine().replace(' ', '_').lower()}.csv"
     with where.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -69,7 +69,7 @@ def summarize(benchmarks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for (case, shape, contender), seen in turns.items():
         wall = sorted(s["wall_s"] for s in seen)
         fifths = statistics.quantiles(wall, n=5) if len(wall) > 1 else wall * 4
-        peaks = [s["peak_mib"] for s in seen if "peak_mib" in s]
+        once = next((s for s in seen if "peak_mib" in s), {})
         rows.append(
             {
                 "commit": git_commit(),
@@ -83,7 +83,9 @@ def summarize(benchmarks: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "wall_p20_s": round(fifths[0], 3),
                 "wall_p80_s": round(fifths[3], 3),
                 "cpu_s": round(statistics.median(s["cpu_s"] for s in seen), 3),
-                "peak_mib": round(peaks[0]) if peaks else "",
+                "peak_mib": round(once["peak_mib"]) if once else "",
+                "dhidden_error": f"{once['dhidden_error']:.1e}" if once else "",
+                "dweight_error": f"{once['dweight_error']:.1e}" if once else "",
             }
         )
     return rows
@@ -95,9 +97,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         title = f"{row['case']}, {row['shape']}"
         if title not in lines:
-            lines += ["", title, f"{'':24}{'wall s':>9}{'CPU s':>9}{'peak MiB':>10}"]
+            lines += ["", title]
+            lines.append(
+                f"{'':32}{'wall s':>8}{'CPU s':>8}{'MiB':>7}{'dhidden':>10}{'dweight':>10}"
+            )
         lines.append(
-            f"{row['contender']:24}{row['wall_s']:>9}{row['cpu_s']:>9}{row['peak_mib']:>10}"
+            f"{row['contender']:32}{row['wall_s']:>8}{row['cpu_s']:>8}{row['peak_mib']:>7}"
+            f"{row['dhidden_error']:>10}{row['dweight_error']:>10}"
         )
     return "\n".join(lines)
 

@@ -1,12 +1,14 @@
-"""Copies measured numbers and plots into the README: `python benchmarks/readme.py [runs/demo]`.
+"""Writes the README's measured numbers, plots and tree: `python -m benchmarks.readme [runs/demo]`.
 
 Between `<!-- NAME -->` and `<!-- end -->` nothing is typed by hand.
 """
 
+import ast
 import csv
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,36 +16,101 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def main(demo: Path) -> int:
-    """Fill the README's marked parts from a finished demo and the newest benchmark results."""
+CODE = re.compile(r"\.(py|pyi|cpp|hpp|lean|jsonl)$|^Makefile$|^pyproject.toml$|^constraints.txt$")
+# Files that can't say what they are.
+SAID = {
+    "Makefile": "demo, test, test-slow, lint, bench: each makes .venv itself",
+    "constraints.txt": "the versions that CI and the demo use",
+    "pyproject.toml": "every setting",
+    "fdfast/lean/FdBase.lean": "the base library under every embedded proof",
+    "fdfast/data/base_theorems.jsonl": "the theorem set, each statement with a proof",
+    "fdfast/data/questions.jsonl": "the chat questions of the demo",
+    "fdfast/data/templates.jsonl": "statements of the theorem set that are written by hand",
+}
+WIDTH = 118
+
+
+def main(demo: Path | None) -> int:
+    """Fill the README's marked parts: the tree, the newest benchmark results, a finished demo."""
     readme = ROOT / "README.md"
-    text = readme.read_text()
-    for figure in demo.glob("*.png"):
-        shutil.copy(figure, RESULTS / f"demo_{figure.name}")
-    summary = json.loads((demo / "summary.json").read_text())
-    rows = [(c["claim"], c["seen"], "yes" if c["held"] else "no") for c in summary["checks"]]
-    text = fill(text, "demo", table(("claim", "seen", "held"), rows) + f"\n\n{summary['machine']}.")
+    text = fill(readme.read_text(), "tree", f"```text\n{tree()}\n```")
+    if demo is not None:
+        for figure in demo.glob("*.png"):
+            shutil.copy(figure, RESULTS / f"demo_{figure.name}")
+        summary = json.loads((demo / "summary.json").read_text())
+        rows = [(c["claim"], c["seen"], "yes" if c["held"] else "no") for c in summary["checks"]]
+        text = fill(
+            text, "demo", f"{table(('claim', 'seen', 'held'), rows)}\n\n{summary['machine']}."
+        )
     blocks = []
-    for path in sorted(RESULTS.glob("*.csv")):
+    for path in sorted(RESULTS.glob("policy_head_*.csv")):
         with path.open() as file:
-            measured = list(csv.DictReader(file))
-        blocks.append(bench(measured))
+            blocks.append(bench(list(csv.DictReader(file))))
     if blocks:
         text = fill(text, "bench", "\n\n".join(blocks))
     readme.write_text(text)
     return 0
 
 
+def tree() -> str:
+    """Every file of code with the first sentence of what it says of itself."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    ).stdout.splitlines()
+    files = [f for f in set(listed) if CODE.search(f) and not f.endswith("__init__.py")]
+    files.sort(key=lambda f: ("/" in f, Path(f).parent.as_posix(), f))
+    lines: list[str] = []
+    folders: set[Path] = set()
+    for name in files:
+        path = Path(name)
+        for folder in [*reversed(path.parents)][1:]:
+            if folder not in folders:
+                folders.add(folder)
+                lines.append(f"{'  ' * (len(folder.parts) - 1)}{folder.name}/")
+        entry = f"{'  ' * (len(path.parts) - 1)}{path.name}"
+        lines.append(shorten(f"{entry:32}{about(name)}"))
+    return "\n".join(lines)
+
+
+def shorten(line: str) -> str:
+    """At most WIDTH characters, cut at a word."""
+    return line.rstrip() if len(line) <= WIDTH else f"{line[: WIDTH - 3].rsplit(' ', 1)[0]} ..."
+
+
+def about(name: str) -> str:
+    """The first sentence of a file's docstring or comment."""
+    if name in SAID:
+        return SAID[name]
+    text = (ROOT / name).read_text()
+    if name.endswith((".py", ".pyi")):
+        said = ast.get_docstring(ast.parse(text)) or ""
+    else:
+        comment = re.match(
+            r"(?:\w+\n|#.*\n|\s)*(?:/-!?|//)\s*(.*?)(?:-/|\n(?!//))", text, re.DOTALL
+        )
+        said = comment[1].replace("//", "") if comment else ""
+    sentence = re.split(r"(?<=[.;])\s", " ".join(said.split()), maxsplit=1)[0]
+    return sentence.rstrip(".:;")
+
+
 def bench(rows: list[dict[str, str]]) -> str:
-    """A table of one machine's results."""
+    """A table for each case of one machine's results."""
     first = rows[0]
-    cells = [(r["contender"], r["wall_s"], r["cpu_s"], r["peak_mib"]) for r in rows]
-    title = f"{first['case']}, {first['shape']}, forward and backward"
+    parts = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        cells = [
+            tuple(row[c] for c in ("contender", "wall_s", "cpu_s", "peak_mib", "dhidden_error"))
+            for row in rows
+            if row["case"] == case
+        ]
+        head = ("", "wall s", "CPU s", "peak MiB beyond inputs and gradients", "error of dhidden")
+        parts.append(f"{case}, {first['shape']}, forward and backward:\n\n{table(head, cells)}")
     where = f"{first['machine']}, {first['threads']} thread(s), torch {first['torch']}"
-    head = ("", "wall s", "CPU s", "peak MiB beyond inputs and gradients")
-    return (
-        f"{title}:\n\n{table(head, cells)}\n\n{where}; medians of turns, commit {first['commit']}."
-    )
+    return "\n\n".join(parts) + f"\n\n{where}; medians of turns, commit {first['commit']}."
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -61,4 +128,4 @@ def fill(text: str, name: str, content: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs" / "demo")))
+    sys.exit(main(Path(sys.argv[1]) if len(sys.argv) > 1 else None))

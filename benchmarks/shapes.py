@@ -1,4 +1,4 @@
-"""The shapes that are measured: hidden size and vocabulary of real models."""
+"""The shapes that are measured or modelled: hidden size and vocabulary of real models."""
 
 from typing import NamedTuple
 
@@ -16,3 +16,9 @@ class Shape(NamedTuple):
 
 
 SMOLLM2_135M = Shape("SmolLM2-135M", 1024, 576, 49152)
+# For a GPU, at the 8,192 tokens that the kernels were designed for.
+QWEN3_8B = Shape("Qwen3-8B", 8192, 4096, 151936)
+QWEN3_5_9B = Shape("Qwen3.5-9B", 8192, 4096, 248320)
+LLAMA_3_8B = Shape("Llama-3-8B", 8192, 4096, 128256)
+GEMMA_3_27B = Shape("Gemma-3-27B", 8192, 5376, 262208)
+GPU_SHAPES = (QWEN3_8B, QWEN3_5_9B, LLAMA_3_8B, GEMMA_3_27B)

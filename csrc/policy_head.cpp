@@ -1,3 +1,4 @@
+// The functions of policy_head.hpp: rows shared out to threads, each by the loops of this machine.
 #include "policy_head.hpp"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// The row loops for AVX2 and FMA.
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)

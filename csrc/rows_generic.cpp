@@ -1,2 +1,3 @@
+// The row loops for any machine.
 #define FDFAST_ROWS generic
 #include "rows_kernel.hpp"

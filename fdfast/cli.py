@@ -1,13 +1,29 @@
-"""The command line: `fdfast model|lean|train|demo`. Each area adds its own commands."""
+"""The command line: `fdfast model|lean|kernels|train|demo`. Each area adds its own commands."""
 
 import argparse
+import contextlib
 import os
+import select
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import fdfast
 from fdfast.errors import InputError, MachineError
+
+_TRAIN = """Train a model by Feedback Distillation: it attempts problems, gets feedback on each
+attempt, and learns to answer as a teacher does that has read the feedback.
+
+Settings come from the preset, then from the file, then from key=value words; the later wins:
+
+  fdfast train --preset fd_paper model_name_or_path=Qwen/Qwen3-8B dataset=problems.jsonl
+
+Every setting, with its meaning and default: python -m pydoc fdfast.trainer.TrainConfig
+(fdfast/trainer/config.py). Metrics, checkpoints and the final model go to output_dir; Ctrl-C
+and SIGTERM leave a checkpoint, from which --resume goes on."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -20,31 +36,83 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; exit status 0 done, 1 checks did not hold, 2 bad input or machine, 130
-    Ctrl-C.
+    Ctrl-C or SIGTERM, 141 when whoever reads the output has gone.
 
     FDFAST_TRACEBACK=1 shows where an error came from.
     """
-    arguments = _parser().parse_args(argv)
-    if os.environ.get("FDFAST_TRACEBACK") == "1":
-        return int(arguments.run(arguments))
+    with _sigterm_as_interrupt():
+        if os.environ.get("FDFAST_TRACEBACK") == "1":
+            return _run(argv)
+        try:
+            return _run(argv)
+        except (InputError, MachineError) as error:
+            print(f"fdfast: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:  # full disk, no permission
+            if isinstance(error, BrokenPipeError) and _reader_has_gone():
+                return 141  # as if SIGPIPE had ended it: `fdfast ... | head` is no error
+            name = error.filename
+            place = f"{os.fsdecode(name)}: " if isinstance(name, str | bytes) else ""
+            print(f"fdfast: {place}{error.strerror or error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("fdfast: interrupted", file=sys.stderr)
+            return 130
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
+        arguments = _parser().parse_args(argv)
         return int(arguments.run(arguments))
-    except (InputError, MachineError) as error:
-        print(f"fdfast: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # full disk, no permission: its own words name the file
-        print(f"fdfast: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("fdfast: interrupted", file=sys.stderr)
-        return 130
+    finally:
+        sys.stdout.flush()  # here, so that a closed pipe is met where it is caught
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """As fdfast.trainer.interrupts has it, but that package imports torch."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _reader_has_gone() -> bool:
+    """Whether stdout is the broken pipe, and not one to Lean, say; then it is closed for good."""
+    try:
+        output = sys.stdout.fileno()
+    except OSError:  # no file: a test's, a notebook's
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:  # what is left in the buffer would fail once more, loudly, when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return gone
+
+
+class _Presets:
+    """The names in trainer.PRESETS, looked up when needed: the trainer imports torch."""
+
+    def __iter__(self) -> Iterator[str]:
+        from fdfast.trainer import PRESETS
+
+        return iter(PRESETS)
+
+    def __contains__(self, name: object) -> bool:
+        return name in tuple(self)
 
 
 def _parser() -> argparse.ArgumentParser:
+    from fdfast.kernels import commands as kernel_commands
     from fdfast.lean import commands as lean_commands
 
-    parser = _Parser(prog="fdfast", description=__import__("fdfast").__doc__)
-    parser.add_argument("--version", action="version", version=__import__("fdfast").__version__)
+    parser = _Parser(prog="fdfast", description=fdfast.__doc__)
+    parser.add_argument("--version", action="version", version=fdfast.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     model = commands.add_parser("model", help="models").add_subparsers(
@@ -54,15 +122,28 @@ def _parser() -> argparse.ArgumentParser:
     fetch.set_defaults(run=_fetch_demo)
 
     lean_commands.register(commands)
+    kernel_commands.register(commands)
 
-    train = commands.add_parser("train", help="train a model by Feedback Distillation")
+    train = commands.add_parser(
+        "train",
+        help="train a model by Feedback Distillation",
+        description=_TRAIN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     train.add_argument("settings", nargs="*", metavar="key=value", help="over the file's settings")
     train.add_argument("--config", type=Path, metavar="FILE", help="YAML, `key: value` lines")
-    train.add_argument("--preset", help="begin with these settings: fd_paper")
+    train.add_argument(
+        "--preset", choices=_Presets(), metavar="NAME", help="begin with these: %(choices)s"
+    )
     train.add_argument("--resume", action="store_true", help="from output_dir's newest checkpoint")
     train.set_defaults(run=_train)
 
-    demo = commands.add_parser("demo", help="Feedback Distillation on a real model, real Lean")
+    demo = commands.add_parser(
+        "demo",
+        help="Feedback Distillation on a real model, real Lean",
+        description="Feedback Distillation on a real model with real Lean, in minutes on two "
+        "cores: two short runs, their checks, and a page that shows them.",
+    )
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="FOLDER")
     demo.add_argument("--resume", action="store_true", help="the demo in FOLDER that was stopped")
     demo.set_defaults(run=_demo)

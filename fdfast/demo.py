@@ -22,7 +22,6 @@ from fdfast.evaluation.plots import Curve, Panel, plot_run
 from fdfast.evaluation.report import Section, write_report
 from fdfast.files import atomic_file
 from fdfast.trainer import PRESETS, train
-from fdfast.trainer.checkpoint import checkpoints
 from fdfast.trainer.config import make_config
 from fdfast.trainer.metrics import read_jsonl
 
@@ -51,7 +50,8 @@ def demo(output: Path, *, resume: bool = False) -> int:
     """
     folder = output if resume else _free(output)
     started = time.perf_counter()
-    print(f"demo: two short runs into {folder}; Ctrl-C saves, `fdfast demo --resume` goes on")
+    print(f"demo: two short runs into {folder}; after Ctrl-C go on with")
+    print(f"      fdfast demo --resume --output {folder}")
     print("\n(a) feedback into weights: the teacher is told to be concise, the student is not")
     concise = _run("demo_concise", folder / "concise")
     concise_checks = _concise_checks(concise)
@@ -95,7 +95,7 @@ def _run(preset: str, folder: Path) -> list[dict[str, Any]]:
     rows = read_jsonl(folder / "metrics.jsonl")
     if any(r["step"] == config.max_steps and "eval_loss" in r for r in rows):
         return rows
-    return train(config, resume=bool(checkpoints(folder)))
+    return train(config, resume=bool(rows))
 
 
 def _evaluations(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,8 +1,7 @@
 """The divergences between teacher T and student S: one table, used by every backend, test and page.
 
 Each is a sum over outcomes v of f(t_v, s_v), with t = log p_T and s = log p_S. With w_v = df/ds_v,
-the gradient by
-the student's logits is dz_v = w_v - p_S(v) * sum_u w_u, whichever divergence it is.
+the gradient by the student's logits is dz_v = w_v - p_S(v) * sum_u w_u, whichever divergence it is.
 Legend: ... any leading shape, V outcomes (the vocabulary, or the K kept ones and a tail).
 """
 

@@ -19,6 +19,7 @@ from fdfast.files import build_once, cache_dir
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"
 DEMO_GGUF = f"{DEMO_MODEL}.Q4_1.gguf"
+HUB_TIMEOUT_S = 5.0
 
 
 class HeadWeights(NamedTuple):
@@ -34,6 +35,7 @@ class HeadWeights(NamedTuple):
 def import_transformers() -> Any:
     """The library, or one line that says what installs it."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         import transformers
@@ -58,7 +60,8 @@ def load_model(name_or_path: str | Path, *, dtype: str = "float32") -> tuple[Any
         The model (in eval mode) and the tokenizer (padding on the left, as generation wants).
 
     Raises:
-        InputError: no such folder, not a causal LM, or a tokenizer without a chat template.
+        InputError: no such folder, not a causal LM, a damaged or incomplete one, or a tokenizer
+            without a chat template, or without pad and eos tokens.
         MachineError: transformers is missing, or the hub does not answer.
     """
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -66,11 +69,7 @@ def load_model(name_or_path: str | Path, *, dtype: str = "float32") -> tuple[Any
     path = str(fetch_demo_model() if str(name_or_path) == "demo" else name_or_path)
     _check_model_path(path)
     transformers = import_transformers()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as error:
-        raise _load_error(path, error) from error
+    tokenizer, model = _load(transformers, path, getattr(torch, dtype))
     if not tokenizer.chat_template:
         raise InputError(
             f"{path}: the tokenizer has no chat template, so a prompt can't be written as the "
@@ -79,6 +78,11 @@ def load_model(name_or_path: str | Path, *, dtype: str = "float32") -> tuple[Any
         )
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(
+                f"{path}: the tokenizer has neither a pad nor an eos token, so answers can't end "
+                "or be batched; name them in tokenizer_config.json"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
 
@@ -97,15 +101,72 @@ def _check_model_path(path: str) -> None:
         )
 
 
+def _load(transformers: Any, path: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The tokenizer and a model that has every one of its weights from the checkpoint."""
+    from safetensors import SafetensorError
+
+    local = Path(path).expanduser()
+    place = str(local) if local.is_dir() else path
+    options = {"local_files_only": not local.is_dir() and not _hub_answers(path)}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except ImportError as error:  # a tokenizer that wants sentencepiece, say
+        raise MachineError(f"{path}: loading it needs a package: {_first_line(error)}") from error
+    except (OSError, ValueError) as error:
+        raise _load_error(path, error) from error
+    except (SafetensorError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        # What transformers trips over in damaged files is not always an error it means to raise.
+        raise InputError(
+            f"{path}: the model's files are damaged ({type(error).__name__}: {_first_line(error)}"
+            "); copy or download them again"
+        ) from error
+    for words, keys in (
+        ("has no weights for", report["missing_keys"]),
+        ("has weights of another shape for", [key[0] for key in report["mismatched_keys"]]),
+    ):
+        if keys:  # transformers fills them with random numbers
+            names = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
+            raise InputError(
+                f"{path}: the checkpoint {words} {len(keys)} of the model's tensors ({names}); "
+                "config.json and the weights must be of one model"
+            )
+    return tokenizer, model
+
+
+def _hub_answers(name: str) -> bool:
+    """Whether to ask the hub for this model: asked once and briefly, for transformers would retry
+    each of its files for a minute. A model in the hub's cache needs no hub.
+
+    Raises:
+        MachineError: the hub does not answer or has no such model, and none is in its cache.
+    """
+    import huggingface_hub as hub
+
+    unreachable: Any = hub.errors.HfHubHTTPError.__bases__  # the HTTP library's error, and OSError
+    try:
+        cached = isinstance(hub.try_to_load_from_cache(name, "config.json"), str)
+        hub.get_hf_file_metadata(hub.hf_hub_url(name, "config.json"), timeout=HUB_TIMEOUT_S)
+    except (*unreachable, ValueError) as error:  # ValueError: no possible name
+        if not isinstance(error, ValueError) and cached:
+            return False
+        raise _load_error(name, error) from error
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _load_error(path: str, error: Exception) -> Exception:
     """One line instead of the hub's pages of advice."""
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if Path(path).is_dir():
-        return InputError(f"{path}: transformers can't load this model: {first_line}")
+    if Path(path).expanduser().is_dir():
+        return InputError(f"{path}: transformers can't load this model: {_first_line(error)}")
     return MachineError(
-        f"{path}: no such folder here, and the hub gave no such model ({first_line}); give the "
-        f"path "
-        "of a saved model, or check the name and the network (HF_HUB_OFFLINE, HF_TOKEN)"
+        f"{path}: no such folder here, and the hub gave no such model ({_first_line(error)}); give "
+        "the path of a saved model, or check the name and the network (HF_HUB_OFFLINE, HF_TOKEN)"
     )
 
 

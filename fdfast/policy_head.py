@@ -87,11 +87,9 @@ def policy_head(
     """Log-probabilities, entropy and divergence to a teacher of every token, from hidden states.
 
     Logits are softcap(hidden @ weight.T + bias) / temperature, float32 (float64 if an input is)
-    whatever the dtype of
-    the inputs, and never all stored. Any mix of the differentiable outputs may reach the loss. Same
-    inputs, same
-    result on one machine, backend and number of threads. Under torch.compile the call is a graph
-    break.
+    whatever the dtype of the inputs, and never all stored. Any mix of the differentiable outputs
+    may reach the loss. Same inputs, same result on one machine, backend and number of threads.
+    Under torch.compile the call is a graph break.
 
     Args:
         hidden: (..., D) floating, the student's last hidden states; differentiable.
@@ -112,7 +110,7 @@ def policy_head(
             may drop; None: exact.
         workspace_mb: MiB of memory beside inputs, gradients and N-sized outputs (backends but
             `reference`).
-        backend: auto, cpu, reference.
+        backend: auto, cpu, triton, reference.
 
     Returns:
         PolicyHead, each field of shape (...).
@@ -234,7 +232,7 @@ def prepare(
         rows_N=rows_N,
         teacher=flat_teacher,
         options=options,
-        module=backend_for("policy_head", hidden, backend),
+        module=backend_for("policy_head", hidden, backend, dtype),
         shape=shape,
         dropped_M=hidden.new_zeros(len(hidden_MD), dtype=dtype),
     )

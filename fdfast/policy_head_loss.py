@@ -1,11 +1,9 @@
 """`policy_head_loss`: the sum of a loss of each token, its gradients taken on the way.
 
 Where the loss of a token follows from the token alone (distillation, most of the GRPO family), the
-logits of a chunk of
-tokens can become its gradients at once: nothing is projected twice. `policy_head` projects again in
-its backward pass,
-since any loss may follow it. On the CPU that is 4 GEMMs instead of 6 with a TeacherHidden, 3
-instead of 4 without.
+logits of a chunk of tokens can become its gradients at once: nothing is projected twice.
+`policy_head` projects again in its backward pass, since any loss may follow it. On the CPU that is
+4 GEMMs instead of 6 with a TeacherHidden, 3 instead of 4 without.
 Legend: M tokens, n tokens of a chunk, N trained tokens, D hidden, V vocabulary, K top-k.
 """
 
@@ -90,20 +88,18 @@ def policy_head_loss(
     """The sum over trained tokens of `token_loss`, differentiable in hidden, weight and bias.
 
     Its gradients are computed here, in the forward pass, and scaled in the backward pass. Where a
-    backend can't (a weight
-    narrower than float32 that is trained would want a float32 copy of itself; the reference; no
-    gradient wanted), it is
-    `policy_head` with the loss after it: the same value and gradients, at that op's cost.
+    backend can't (a weight narrower than float32 that is trained would want a float32 copy of
+    itself; the reference; no gradient wanted), it is `policy_head` with the loss after it: the same
+    value and gradients, at that op's cost.
 
     Args:
         hidden: (..., D) floating; differentiable.
         weight: (V, D) floating; differentiable.
         targets: (...) int64.
         token_loss: given logprobs, entropy and divergence, each (n,) float32 or float64, and
-            positions (n,) int64 into
-            targets.flatten(), returns (n,): each token's loss with its weight, from nothing but
-            that token. It is
-            differentiated by autograd and may be called for any number of tokens at a time.
+            positions (n,) int64 into targets.flatten(), returns (n,): each token's loss with its
+            weight, from nothing but that token. It is differentiated by autograd and may be called
+            for any number of tokens at a time.
         bias: as `policy_head`, like all that follow.
         temperature: likewise.
         logit_softcap: likewise.

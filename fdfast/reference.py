@@ -187,12 +187,10 @@ def token_objective(
     """The GRPO family's loss of each token, before masks and normalisation, (B, L).
 
     grpo, bnpo, dr_grpo, dapo: -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), Shao et al.
-    (2024), eq. 3,
-    arXiv 2402.03300; they differ in normalisation alone. cispo: -sg(min(r, epsilon_high)) A log p,
-    MiniMax-M1 (2025),
-    eq. 4, arXiv 2506.13585. sapo: -A sigmoid(tau (r - 1)) 4 / tau, Gao et al. (2025), arXiv
-    2511.20347. Names and
-    conventions are TRL's, so epsilon_high of cispo is the cap itself.
+    (2024), eq. 3, arXiv 2402.03300; they differ in normalisation alone. cispo: -sg(min(r,
+    epsilon_high)) A log p, MiniMax-M1 (2025), eq. 4, arXiv 2506.13585. sapo: -A sigmoid(tau (r -
+    1)) 4 / tau, Gao et al. (2025), arXiv 2511.20347. Names and conventions are TRL's, so
+    epsilon_high of cispo is the cap itself.
 
     Args:
         loss_type: as above.

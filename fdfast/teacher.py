@@ -1,6 +1,7 @@
 """The teacher: a copy of the student that follows it slowly, or not at all."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,12 +11,10 @@ from fdfast.errors import InputError
 
 
 class EMATeacher:
-    """mu <- alpha mu + (1 - alpha) theta every `every` optimizer steps, summed in float32 (arXiv
-    2605.30861).
+    """mu <- alpha mu + (1 - alpha) theta every `every` optimizer steps (arXiv 2605.30861).
 
     The master copy is float32 whatever the model's dtype: an average kept in bfloat16 stalls, since
-    most of its updates
-    round to nothing. `alpha=1` is a frozen teacher and keeps no master.
+    most of its updates round to nothing. `alpha=1` is a frozen teacher and keeps no master.
 
     Args:
         student: the model that is trained; the teacher begins as its copy.
@@ -45,14 +44,17 @@ class EMATeacher:
         return self.alpha == 1.0
 
     @torch.no_grad()
-    def step(self, student: torch.nn.Module, num_steps: int) -> bool:
-        """Follow the student if optimizer step number `num_steps` (from 1) is due; says whether it
-        did.
+    def step(self, student: Mapping[str, Tensor], num_steps: int) -> bool:
+        """Follow the student if optimizer step number `num_steps` is due; says whether it did.
+
+        Args:
+            student: its weights by name; float32 masters where it has them.
+            num_steps: finished optimizer steps, from 1.
         """
         if self.frozen or num_steps % self.every:
             return False
         teacher = dict(self.model.named_parameters())
-        for name, theta in student.named_parameters():
+        for name, theta in student.items():
             self.master[name].lerp_(theta.detach().float(), 1.0 - self.alpha)
             if teacher[name].dtype != torch.float32:
                 teacher[name].copy_(self.master[name])

@@ -37,7 +37,7 @@ def topk_head(
         temperature: > 0; the logits are divided by it.
         logit_softcap: c > 0 for c * tanh(logits / c), before the temperature; None for none.
         workspace_mb: MiB of memory beside inputs and outputs.
-        backend: auto, cpu, reference.
+        backend: auto, cpu, triton, reference.
 
     Returns:
         TopK: ids and logprobs (..., K), mass (...).
@@ -60,7 +60,8 @@ def topk_head(
         raise ValueError(f"topk_head: k must lie in [1, {len(weight)}], the vocabulary; got {k}")
     shape = hidden.shape[:-1]
     head = Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
-    module = backend_for("topk_head", hidden, backend)
+    dtype = reference.statistics_dtype(hidden, weight)
+    module = backend_for("topk_head", hidden, backend, dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         if module is None:
             ids, logprobs, mass = reference.topk_head(

@@ -64,8 +64,8 @@ class PolicyHead(NamedTuple):
         teacher_mass: the share of the teacher's probability that the divergence saw: sum over K for
             TeacherTopK, else 1.
         dropped_mass: the share of this token's sum |dlogits| that `grad_filter` dropped. It is
-            known only once the
-            backward pass has run, which fills it in place; 0 before, and where nothing was dropped.
+            known only once the backward pass has run, which fills it in place; 0 before, and where
+            nothing was dropped.
         argmax: int64, the student's most likely token.
     """
 

@@ -11,6 +11,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read once, when fdfast.kernels is first imported
+
 settings.register_profile(
     "fdfast",
     deadline=None,

@@ -16,13 +16,15 @@ from fdfast.divergences import TABLE, TAILS
 _CPU = torch.profiler.ProfilerActivity.CPU
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
-# Backend -> the dtypes it is tested in. triton is one more line: (F32, F16) under the interpreter,
-# where bfloat16 is silently wrong.
+# Backend -> the dtypes it is tested in, of those that take float64 and milliseconds; triton's tests
+# are test_kernels_*.py.
 BACKEND_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "cpu": (F64, F32, BF16, F16),
     "reference": (F64, F32, BF16, F16),
 }
 BACKENDS = tuple(BACKEND_DTYPES)
+# Where a backend's tensors lie: on the GPU if there is one, else the kernels are interpreted.
+DEVICES = {"triton": "cuda" if torch.cuda.is_available() else "cpu"}
 # The other rows of that table: those that compute with blocks and their own backward pass.
 FAST_BACKENDS = tuple(name for name in BACKENDS if name != "reference")
 BACKENDS_AND_DTYPES = [(name, dtype) for name, kinds in BACKEND_DTYPES.items() for dtype in kinds]
@@ -62,6 +64,14 @@ class Case:
             self.hidden.double(), self.weight.double(), self.targets, options, self.upstream
         )
 
+    def on(self, backend: str) -> "Case":
+        """The same case where the backend's tensors lie."""
+        device = DEVICES.get(backend, "cpu")
+        options = {name: _moved(value, device) for name, value in self.options.items()}
+        upstream = tuple(u.to(device) for u in self.upstream)
+        hidden, weight, targets = (x.to(device) for x in (self.hidden, self.weight, self.targets))
+        return Case(hidden, weight, targets, options, upstream)  # type: ignore[arg-type]
+
     def having(self, **options: Any) -> "Case":
         """The same case with other options."""
         return dataclasses.replace(self, options=self.options | options)
@@ -72,6 +82,14 @@ def _double(value: Any) -> Any:
         return value.double() if value.is_floating_point() else value
     if isinstance(value, (TeacherHidden, TeacherTopK)):
         return type(value)(**{k: _double(v) for k, v in vars(value).items()})
+    return value
+
+
+def _moved(value: Any, device: str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (TeacherHidden, TeacherTopK)):
+        return type(value)(**{k: _moved(v, device) for k, v in vars(value).items()})
     return value
 
 
@@ -145,8 +163,11 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def run(
     case: Case, backend: str, *, frozen: tuple[str, ...] = (), **options: Any
 ) -> dict[str, Tensor]:
-    """Every output, and the gradients of hidden, weight and bias of sum(upstream * output)."""
-    arguments = case.options | options
+    """Every output, and the gradients of hidden, weight and bias of sum(upstream * output), on the
+    CPU.
+    """
+    case = case.having(**options).on(backend)
+    arguments = case.options
     leaves = {"hidden": case.hidden, "weight": case.weight}
     if arguments.get("bias") is not None:
         leaves["bias"] = arguments["bias"]
@@ -160,8 +181,8 @@ def run(
     )
     if len(frozen) < len(leaves):
         mixed(head, case.upstream).backward()
-    seen = {name: value.detach() for name, value in head._asdict().items()}
-    return seen | {f"d{name}": v.grad for name, v in leaves.items() if v.grad is not None}
+    seen = {name: value.detach().cpu() for name, value in head._asdict().items()}
+    return seen | {f"d{name}": v.grad.cpu() for name, v in leaves.items() if v.grad is not None}
 
 
 def mixed(head: PolicyHead, upstream: tuple[Tensor, Tensor, Tensor]) -> Tensor:

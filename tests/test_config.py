@@ -28,11 +28,40 @@ def test_words_go_over_the_file_and_the_file_over_the_preset(tmp_path):
     assert config.examples == (("Q", "A"),)
 
 
-@pytest.mark.parametrize("word", ["seed=3", "feedback_text=one short sentence", "grad_filter=null"])
-def test_words_are_read_as_yaml(word):
-    key, _, value = word.partition("=")
-    expected = {"seed": 3, "grad_filter": None}.get(key, value)
-    assert getattr(load_config(None, [word]), key) == expected
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("seed=3", 3),
+        ("grad_filter=null", None),
+        ("learning_rate=2e-5", 2e-5),
+        ("save_final_model=no", False),
+        ("problem_names=[easy_*, taut_*]", ("easy_*", "taut_*")),
+    ],
+)
+def test_words_are_read_as_yaml(word, value):
+    assert getattr(load_config(None, [word]), word.partition("=")[0]) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["", "Yes", "3", "1e5", "null", "{unclosed", "a: b", "one sentence", " x = 'y' "]
+)
+def test_a_texts_word_is_taken_as_it_is(text):
+    for key in ("dataset_split", "system_prompt", "feedback_text"):
+        assert getattr(load_config(None, [f"{key}={text}"]), key) == text
+    assert load_config(None, ["dtype=bfloat16"]).dtype == "bfloat16"
+
+
+def test_words_may_complete_what_a_file_leaves_open(tmp_path):
+    """The rules between settings hold for all of them together, not for the file alone."""
+    path = tmp_path / "run.yaml"
+    path.write_text("task: chat\nfeedback: constant\n")
+    assert load_config(path, ["feedback_text=Be brief."]).feedback_text == "Be brief."
+
+
+@pytest.mark.parametrize("name", ["demo_concise", "demo_lean"])
+def test_a_demo_run_can_be_resumed(name):
+    config = load_config(None, [], preset=name)
+    assert (config.save_steps, config.save_total_limit) == (4, 1)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +71,29 @@ def test_words_are_read_as_yaml(word):
         (["zzz=1"], "unknown key 'zzz'$"),
         (["max_steps=many"], "max_steps: Input should be a valid integer.*; got 'many'"),
         (["max_steps=0"], "max_steps must be at least 1; got 0"),
-        (["temperature=0"], "temperature must be positive; got 0"),
+        (["temperature=0"], r"^config: temperature must be positive; got 0\.0$"),
+        (["max_feedback_length=0"], "max_feedback_length must be at least 1; got 0"),
+        (["learning_rate=nan"], "learning_rate must be a finite number; got nan"),
+        (["lean_timeout_s=.inf"], "lean_timeout_s must be a finite number; got inf"),
+        (["max_grad_norm=.inf"], "max_grad_norm must be a finite number; got inf"),
+        (["grad_filter=.nan"], "grad_filter must be a finite number; got nan"),
+        (["grad_filter=1"], r"grad_filter must lie in \[0, 1\); got 1"),
+        (["grad_filter=-0.1"], r"grad_filter must lie in \[0, 1\); got -0.1"),
+        (["top_p=1.1"], r"top_p must lie in \(0, 1\]; got 1.1"),
+        (["adam_beta1=1"], r"adam_beta1 must lie in \[0, 1\); got 1"),
+        (["adam_beta2=-0.5"], r"adam_beta2 must lie in \[0, 1\); got -0.5"),
+        (["adam_epsilon=0"], "adam_epsilon must be positive; got 0"),
+        (["backend=cuda"], "backend must be one of auto, .*; got 'cuda'"),
+        (["output_dir="], "output_dir must name a folder; got ''"),
+        (["feedback=critic"], "feedback must be one of constant, .*; got 'critic'"),
+        (["feedback=constant"], "feedback 'constant' wants feedback_text"),
+        (["task=chat"], "feedback 'verifier' wants task 'lean'"),
+        (["task=chat", "feedback=solution"], "feedback 'solution' wants task 'lean'"),
+        (
+            ["divergence=jsd", "divergence_alpha=1"],
+            r"divergence_alpha must lie in \(0, 1\) for divergence 'jsd'; got 1",
+        ),
+        (["seed={unclosed"], "command line: seed: '{unclosed' is no YAML: "),
         (["save_steps=-1"], "save_steps must not be negative; got -1"),
         (["teacher_ema_alpha=2"], r"teacher_ema_alpha must lie in \[0, 1\]; got 2"),
         (["divergence=js"], "divergence must be one of forward_kl, .*; got 'js'"),
@@ -80,3 +131,7 @@ def test_a_wrong_file_is_one_line(tmp_path):
 def test_a_settings_value_is_never_taken_for_another_type():
     with pytest.raises(InputError, match="seed: "):
         make_config({"seed": 1.5})
+
+
+def test_a_divergence_without_alpha_takes_any():
+    assert TrainConfig(divergence="forward_kl", divergence_alpha=0.0).divergence_alpha == 0.0

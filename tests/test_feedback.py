@@ -63,6 +63,17 @@ def test_wrong_names_are_one_line():
         ("theorem t (a : Prop) (h : a) : a := h", "h"),
         ("```lean4\ntheorem t : a :=\n  h\n```", "h"),
         ("", ""),
+        ("h\n```", "h"),
+        (" fun x => x\n```\nDone", "fun x => x"),
+        ("```\nh", "h"),
+        ("Here it is:\n```lean\nh", "h"),
+        ("h\n```\n```", "h"),
+        ("```lean\nleanest h\n```", "leanest h"),
+        ("```\nleanest h\n```", "leanest h"),
+        ("theorem t (n : Nat := 3) : a := h", "h"),
+        ("theorem t /- := -/ {n : Nat := 3} : a :=\n  fun (x := 1) => h", "fun (x := 1) => h"),
+        ("lemma t : a := h\n```", "h"),
+        ("theorem t (n : Nat := 3) : a", "theorem t (n : Nat := 3) : a"),
     ],
 )
 def test_the_proof_is_found_in_an_answer(answer, proof):

@@ -4,9 +4,14 @@ One Checker serves a whole test, so "and the next good proof is still proved" is
 Lean process, the harder case.
 """
 
+import dataclasses
+import json
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,9 +19,11 @@ from pathlib import Path
 
 import pytest
 
-from fdfast.errors import InputError
-from fdfast.lean import Attempt, Verdict, find_lean, verify, verify_many
+from fdfast.errors import InputError, MachineError
+from fdfast.lean import Attempt, Toolchain, Verdict, find_lean, folder, verify, verify_many
+from fdfast.lean import checker as checker_module
 from fdfast.lean.checker import Checker
+from fdfast.lean.process import Finished, LeanProcess
 
 GOOD = "theorem good (a : Prop) (h : a) : a :="
 FALSE = "theorem wrong : False :="
@@ -53,6 +60,7 @@ def test_honest_proofs_are_proved(checker: Checker) -> None:
         (GOOD, "h"),
         (GOOD, ' h -- a comment with axiom, sorry, open and "quotes" in it'),
         (GOOD, "\n  -- first\n  /- outer /- inner: theorem -/ end -/\n  id h\n"),
+        (GOOD, "/- < -//- two comments -/h--c/-"),
         (GOOD, "have k := h; (k)"),
         (GOOD, "show a from h"),
         (GOOD, "let f := fun (x : a) => x; f h"),
@@ -117,6 +125,10 @@ def test_wrong_proofs_fail_with_lines_of_the_proof_text(checker: Checker) -> Non
         ("h\n/- /- -/", "unclosed comment, opened in line 2"),
         ("h /-/", "unclosed comment, opened in line 1"),
         ("h /-- doc -/", "documentation comment"),
+        # Comments to us, symbols to Lean: `<-` `-1`, `//` `-x`.
+        ("a <--1\nb //-x axiom -/ c", "ambiguous comment: `<--`"),
+        ("b //-x axiom -/ c", "ambiguous comment: `//-`"),
+        ("b \\/-x axiom -/ c", "ambiguous comment: `\\/-`"),
         # What could hide a word from us but not from Lean, or the other way round:
         ("h «--»\naxiom x : False", "`axiom` in the proof"),
         ("h '\"' axiom x : False --\"", "`axiom` in the proof"),
@@ -274,33 +286,183 @@ def test_a_proof_over_the_memory_limit_crashes_alone() -> None:
     checker.close()
 
 
-def test_a_killed_job_is_a_crash_and_the_next_proof_is_proved() -> None:
-    checker = Checker(find_lean(), timeout_s=20.0, memory_bytes=2 << 30)
-    assert_still_works(checker)
-    before = children()
-    killed = []
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_a_message_with_a_line_separator_in_it_is_one_message(
+    checker: Checker, separator: str
+) -> None:
+    verdict = checker.verify(FALSE, f"«a{separator}b»", "")
+    assert verdict.kind == "failed", verdict
+    assert len(verdict.reason.splitlines()) == 1
 
-    def kill_the_job() -> None:
-        for _ in range(2000):
-            time.sleep(0.005)
-            # The statement's job is over in milliseconds; what is there after half a second is the
-            # attempt's.
-            if new := children() - before:
-                time.sleep(0.5)
-                new &= children()
-                if new:
-                    killed.extend(new)
-                    os.kill(killed[0], signal.SIGKILL)
-                    return
 
-    killer = threading.Thread(target=kill_the_job)
-    killer.start()
-    verdict = checker.verify(*SLOW)
-    killer.join()
-    assert verdict.kind == "crashed", verdict
-    assert verdict.reason.startswith("Lean ended with signal 9 (the proof)")
+Job = tuple[str, ...]
+
+
+def spoil_jobs(
+    monkeypatch: pytest.MonkeyPatch, *spoilt: str, status: int = -signal.SIGKILL
+) -> list[Job]:
+    """Let the next jobs whose file begins with these names end with `status`; what was run."""
+    left, seen = list(spoilt), []
+    run = LeanProcess.run
+
+    def spoil(self: LeanProcess, arguments: list[str], **options: object) -> Finished:
+        seen.append(tuple(arguments))
+        finished = run(self, arguments, **options)  # type: ignore[arg-type]
+        if left and arguments[-1].startswith(left[0]):
+            left.pop(0)
+            return Finished("exit", status, "", "", False)
+        return finished
+
+    monkeypatch.setattr(LeanProcess, "run", spoil)
+    return seen
+
+
+@pytest.mark.parametrize("stage", ["Statement", "Attempt", "Audit", "Warm"])
+def test_a_job_killed_from_outside_is_run_again_then_a_machine_error(
+    checker: Checker, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    for number, times in enumerate((1, 2)):
+        monkeypatch.setattr(checker_module, "_WARM", set())
+        checker.close()
+        statement = f"theorem {stage}{number} (a : Prop) (h : a) : a :="
+        with monkeypatch.context() as patch:
+            jobs = spoil_jobs(patch, *[stage] * times)
+            if times == 1:
+                assert checker.verify(statement, "h", "").proved
+            else:
+                with pytest.raises(MachineError, match=r"^lean: .*(signal 9|status -9)[^\n]*$"):
+                    checker.verify(statement, "h", "")
+            assert sum(job[-1].startswith(stage) for job in jobs) == 2
+        assert_still_works(checker)
+
+
+@pytest.mark.parametrize("status", [-signal.SIGSEGV, -signal.SIGABRT, 1, 134])
+def test_only_the_run_that_holds_the_proof_can_crash(
+    checker: Checker, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
     assert_still_works(checker)
+    with monkeypatch.context() as patch:
+        jobs = spoil_jobs(patch, "Attempt", status=status)
+        verdict = checker.verify(GOOD, "h", "")
+        assert verdict.kind == "crashed", verdict
+        assert len(jobs) == 1
+    for stage in ("Statement", "Audit"):
+        statement = f"theorem only{stage}{abs(status)} (a : Prop) (h : a) : a :="
+        with monkeypatch.context() as patch:
+            spoil_jobs(patch, stage, stage, status=status)
+            with pytest.raises(MachineError, match=r"^lean: Lean ended with (signal|status) "):
+                checker.verify(statement, "h", "")
+    assert_still_works(checker)
+
+
+def test_a_process_killed_from_outside_is_replaced(checker: Checker) -> None:
+    assert_still_works(checker)
+    assert checker._process is not None
+    old = checker._process._process.pid
+    os.kill(old, signal.SIGKILL)
+    assert_still_works(checker)
+    timer = threading.Timer(0.3, kill_holder, [checker])  # while a job runs
+    timer.start()
+    verdict = checker.verify("theorem slow (b : Bool) : Eq b b :=", table_proof(9), "")
+    timer.join()
+    assert verdict.kind in ("proved", "failed"), verdict
+
+
+def kill_holder(checker: Checker) -> None:
+    assert checker._process is not None
+    os.kill(checker._process._process.pid, signal.SIGKILL)
+
+
+def test_a_memory_limit_too_low_for_lean_itself_is_a_machine_error() -> None:
+    checker = Checker(find_lean(), timeout_s=20.0, memory_bytes=1 << 20)
+    try:
+        with pytest.raises(MachineError, match=r"without any proof; raise memory_bytes$"):
+            checker.verify("theorem low (a : Prop) (h : a) : a :=", "h" + " " * 1000, "")
+    finally:
+        checker.close()
+
+
+def test_the_clock_does_not_run_while_lean_is_loaded(
+    checker: Checker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lean = find_lean()
+    start = type(lean).start
+
+    def slow_start(self: Toolchain) -> LeanProcess:
+        time.sleep(1.2)
+        return start(self)
+
+    monkeypatch.setattr(type(lean), "start", slow_start)
+    monkeypatch.setattr(checker_module, "_WARM", set())
+    assert verify(GOOD, "h", timeout_s=1.0).proved
+
+
+def test_a_job_that_does_not_reach_lean_is_a_machine_error(
+    checker: Checker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As when _child.py is replaced by another version under a running program.
+    assert_still_works(checker)
+    dumps = json.dumps
+
+    def without_path(job: dict[str, object]) -> str:
+        return dumps({key: value for key, value in job.items() if key != "lean_path"})
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fdfast.lean.process.json.dumps", without_path)
+        with pytest.raises(MachineError, match=r"a job does not start in .*KeyError.*lean_path"):
+            checker.verify(GOOD, "h", "")
+    assert_still_works(checker)
+
+
+def test_a_base_library_that_is_gone_is_a_machine_error(tmp_path: Path) -> None:
+    source = find_lean()
+    shutil.copytree(source.library_dirs[0], tmp_path / "base")
+    lean = dataclasses.replace(source, library_dirs=(tmp_path / "base",))
+    checker = Checker(lean, timeout_s=20.0, memory_bytes=2 << 30)
+    assert_still_works(checker)
+    (tmp_path / "base" / "FdBase.olean").unlink()
+    for statement in (GOOD, "theorem other (a : Prop) (h : a) : a :="):
+        with pytest.raises(MachineError, match=r"base library .* is gone"):
+            checker.verify(statement, "h", "")
     checker.close()
+
+
+def test_folders_of_dead_processes_are_removed_and_no_others(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    mine = f"fdfast-lean-{folder._machine()}"
+    stale = tmp_path / f"{mine}-{dead.pid}-abc"
+    kept = [
+        tmp_path / f"{mine}-{os.getpid()}-abc",  # ours
+        tmp_path / f"{mine}-1-abc",  # a living process of another user, or ours
+        tmp_path / f"fdfast-lean-00000000-{dead.pid}-abc",  # of another machine or container
+        tmp_path / "fdfast-lean-notes",
+        tmp_path / f"other-{dead.pid}-abc",
+    ]
+    for each in (stale, *kept):
+        each.mkdir()
+        (each / "file").touch()
+    (tmp_path / f"{mine}-{dead.pid}-link").symlink_to(kept[0])
+    folder.remove_stale_folders(str(tmp_path))
+    assert not stale.exists()
+    assert all((each / "file").exists() for each in kept)
+    folder.remove_stale_folders(str(tmp_path / "absent"))
+
+
+def test_a_killed_run_leaves_nothing_after_the_next(tmp_path: Path) -> None:
+    code = f"from fdfast.lean import verify; verify({GOOD!r}, {'h ' * 10!r} * 30_000)"
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    for _ in range(1000):
+        if list(tmp_path.glob("fdfast-lean-*/Attempt_*")):
+            break
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert list(tmp_path.glob(f"fdfast-lean-*-{process.pid}-*"))
+    code = f"from fdfast.lean import verify; assert verify({GOOD!r}, 'h').proved"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert not list(tmp_path.glob("fdfast-lean-*"))
 
 
 def test_verdicts_come_in_the_order_of_the_items() -> None:

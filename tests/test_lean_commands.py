@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,3 +124,24 @@ def test_the_doctor_names_lean_and_proves_something(capsys: pytest.CaptureFixtur
     out = capsys.readouterr().out
     assert "4.35.0 (embedded)" in out
     assert out.rstrip().endswith("proved")
+
+
+@pytest.mark.parametrize("command", ["check", "doctor"])
+def test_a_reader_that_goes_away_ends_the_command_quietly(tmp_path: Path, command: str) -> None:
+    text = "".join(f"theorem t{i} (a : Prop) (h : a) : a := h\n" for i in range(20))
+    (tmp_path / "a.lean").write_text(text)
+    files = [str(tmp_path / "a.lean")] if command == "check" else []
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fdfast.cli", "lean", command, *files],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    if command == "check":
+        assert process.stdout.readline() == "t0: proved\n"
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(60), said) == (141, "")

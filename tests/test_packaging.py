@@ -1,22 +1,12 @@
 """The tree: what the README lists is what is there, and the core needs torch alone."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import readme
+
 ROOT = Path(__file__).parent.parent
-
-
-def tracked() -> set[str]:
-    done = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    return set(done.stdout.splitlines())
 
 
 def test_kernels_is_a_symlink_without_an_init():
@@ -26,22 +16,13 @@ def test_kernels_is_a_symlink_without_an_init():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_the_readmes_tree_has_a_line_for_every_file():
+def test_the_readmes_tree_is_the_tree_and_every_file_says_what_it_is():
     text = (ROOT / "README.md").read_text()
-    tree = text.split("```text\n", 1)[1].split("```", 1)[0]
-    listed, folder = set(), []
-    for line in tree.splitlines():
-        name = line.split()[0] if line.strip() else ""
-        if not name:
-            continue
-        depth = (len(line) - len(line.lstrip())) // 2
-        folder[depth:] = [name.rstrip("/")]
-        if not name.endswith("/"):
-            listed.add("/".join(folder))
-    code = {f for f in tracked() if re.search(r"\.(py|pyi|cpp|hpp|lean|jsonl|html|yaml)$", f)}
-    code -= {f for f in code if f.endswith("__init__.py") or f.startswith("fdfast/kernels")}
-    assert code - listed == set(), "files without a line in the README"
-    assert {f for f in listed if not (ROOT / f).exists()} == set(), "lines without a file"
+    assert readme.fill(text, "tree", f"```text\n{readme.tree()}\n```") == text, (
+        "run: python -m benchmarks.readme"
+    )
+    for line in readme.tree().splitlines():
+        assert line.rstrip().endswith("/") or len(line.split()) > 1, f"{line.strip()} says nothing"
 
 
 def test_the_core_needs_torch_alone():

@@ -1,5 +1,7 @@
 """Sampling with `generate`: the ids that come back are the ids that were sampled, all of them."""
 
+import copy
+
 import pytest
 import torch
 
@@ -76,3 +78,39 @@ def test_the_models_mode_is_left_as_it_was(engine):
     engine.generate(prompts(engine)[:1], SamplingOptions(max_completion_length=2), seed=0)
     assert engine.model.training
     engine.model.eval()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_of_the_models_generation_config_changes_the_sampling(engine, temperature):
+    options = SamplingOptions(max_completion_length=16, temperature=temperature)
+    expected = engine.generate(prompts(engine), options, seed=0)
+    before = engine.model.generation_config
+    ours = copy.deepcopy(before)
+    ours.update(repetition_penalty=5.0, min_p=0.9, suppress_tokens=expected[0].ids[:4])
+    ours.update(do_sample=True, temperature=0.1, top_k=1, no_repeat_ngram_size=1)
+    engine.model.generation_config = ours
+    try:
+        answers = engine.generate(prompts(engine), options, seed=0)
+        assert engine.model.generation_config is ours, "the model's own settings were lost"
+    finally:
+        engine.model.generation_config = before
+    assert answers == expected
+
+
+def test_where_an_answer_stopped_takes_few_looks(engine):
+    """A look at each length would decode 8,192 tokens 8,192 times."""
+    ids = engine.tokenizer("x" * 2000).input_ids + engine.tokenizer("END and more").input_ids
+    looks = []
+
+    class Counting:
+        def decode(self, ids, **options):
+            looks.append(len(ids))
+            return engine.tokenizer.decode(ids, **options)
+
+    counted = HFEngine(engine.model, engine.tokenizer)
+    counted.tokenizer = Counting()
+    stopped = counted._stopped_at(ids, ["END"])
+    assert "END" in engine.tokenizer.decode(ids[:stopped])
+    assert "END" not in engine.tokenizer.decode(ids[: stopped - 1])
+    assert len(looks) <= 2 + len(ids).bit_length()
+    assert counted._stopped_at(ids, ["NEVER"]) is None

@@ -14,7 +14,8 @@ import torch
 from fdfast.data.problems import Problem, questions_path
 from fdfast.errors import InputError, MachineError
 from fdfast.models import load_model
-from fdfast.trainer import TrainConfig, checkpoint, train
+from fdfast.rollout import HFEngine
+from fdfast.trainer import TrainConfig, checkpoint, loop, train
 from fdfast.trainer.batch import Prompts, completion_hidden
 from fdfast.trainer.checkpoint import checkpoints
 from fdfast.trainer.config import make_config
@@ -58,18 +59,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_without_feedback_and_without_a_step_the_divergence_is_exactly_zero(tiny, tmp_path):
     """mu = theta and no feedback: at every trained position teacher and student are the same."""
-    config = settings(tiny, tmp_path, max_steps=1, feedback_text=" ")
+    config = settings(tiny, tmp_path, max_steps=1)
     _, tokenizer = load_model(tiny)
     prompts, problem = Prompts(tokenizer, config), Problem("p", "Why?")
-    assert prompts.teacher(problem, "") == prompts.student(problem)
-    assert prompts.teacher(problem, "Be concise.") != prompts.student(problem)
-    silent = settings(
-        tiny, tmp_path / "silent", max_steps=1, task="lean", dataset="base_theorems",
-        dataset_names=("easy_*",), feedback="solution", feedback_template="{prompt}{feedback}",
-    )  # fmt: skip
-    assert train(silent, quiet=True)[0]["kl"] > 0
+    assert prompts.teacher(problem, "") == (prompts.student(problem), False)
+    assert prompts.teacher(problem, "Be concise.")[0] != prompts.student(problem)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Prompts, "teacher", lambda self, problem, feedback: self.student(problem))
+        patch.setattr(Prompts, "teacher", lambda self, problem, _: (self.student(problem), False))
         rows = train(settings(tiny, tmp_path / "same", max_steps=1), quiet=True)
     assert rows[0]["kl"] == 0.0
     assert rows[0]["grad_norm"] == 0.0
@@ -104,7 +100,7 @@ def test_a_step_is_the_papers_loss_and_gradient_written_out(tiny, tmp_path):
         )
         problem = Problem("p", prompt)
         answer = attempt["ids"]
-        student, teacher = prompts.student(problem), prompts.teacher(problem, "Be concise.")
+        student, (teacher, _) = prompts.student(problem), prompts.teacher(problem, "Be concise.")
         s = model(torch.tensor([student + answer])).logits[0, len(student) - 1 : -1].log_softmax(-1)
         with torch.no_grad():
             t = model(torch.tensor([teacher + answer])).logits[0, len(teacher) - 1 : -1]
@@ -186,14 +182,142 @@ def test_a_run_is_never_written_over_and_never_resumed_from_nothing(tiny, tmp_pa
     train(settings(tiny, tmp_path, max_steps=1), quiet=True)
     with pytest.raises(InputError, match="holds a run already; go on with it"):
         train(settings(tiny, tmp_path), quiet=True)
-    with pytest.raises(InputError, match="--resume found no checkpoint there"):
+    with pytest.raises(InputError, match="--resume found no run there"):
         train(settings(tiny, tmp_path / "new"), resume=True, quiet=True)
+
+
+def test_a_run_goes_on_whatever_a_model_writes(tiny, tmp_path):
+    """U+2028 and U+0085 end a line for str.splitlines(), not for JSON lines."""
+    train(settings(tiny, tmp_path, max_steps=1, save_steps=1), quiet=True)
+    path = tmp_path / "attempts.jsonl"
+    path.write_text(path.read_text().replace('"completion": "', '"completion": "\u2028\u0085'))
+    train(settings(tiny, tmp_path, max_steps=2, save_steps=1), resume=True, quiet=True)
+    assert "\u2028\u0085" in read_jsonl(path)[0]["completion"]
+
+
+def test_an_error_loses_no_finished_step(tiny, tmp_path, monkeypatch):
+    roll_out, calls = HFEngine.generate, []
+
+    def failing(self, prompts, options, *, seed):
+        calls.append(seed)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory, say")
+        return roll_out(self, prompts, options, seed=seed)
+
+    monkeypatch.setattr(HFEngine, "generate", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(settings(tiny, tmp_path / "a"), quiet=True)
+    assert [c.name for c in checkpoints(tmp_path / "a")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    resumed = train(settings(tiny, tmp_path / "a"), resume=True, quiet=True)
+    straight = train(settings(tiny, tmp_path / "b"), quiet=True)
+    assert [r["loss"] for r in resumed] == [r["loss"] for r in straight]
+
+
+def test_a_final_save_that_fails_loses_nothing(tiny, tmp_path, monkeypatch):
+    def interrupted(state, folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_final_model", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(tiny, tmp_path, save_final_model=True), quiet=True)
+    assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-4"]
+    monkeypatch.undo()
+    train(settings(tiny, tmp_path, save_final_model=True), resume=True, quiet=True)
+    assert (tmp_path / "model" / "config.json").is_file()
+
+
+def test_an_interrupt_during_the_update_loses_no_line(tiny, tmp_path, monkeypatch):
+    update = loop._update
+
+    def interrupted(state, config):
+        if state.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(state, config)
+
+    monkeypatch.setattr(loop, "_update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(tiny, tmp_path), quiet=True)
+    monkeypatch.undo()
+    rows = train(settings(tiny, tmp_path), resume=True, quiet=True)
+    assert [r["step"] for r in rows] == [1, 2, 3, 4]
+
+
+def test_a_run_that_never_took_a_step_can_begin_again(tiny, tmp_path):
+    wrong = settings(tiny, tmp_path, max_prompt_length=5)
+    for _ in range(2):
+        with pytest.raises(InputError, match="its prompt has"):
+            train(wrong, quiet=True)
+    assert len(train(settings(tiny, tmp_path), quiet=True)) == 4
+
+
+def test_a_crash_before_the_first_checkpoint_begins_again_and_keeps_the_lines(tiny, tmp_path):
+    train(settings(tiny, tmp_path, max_steps=2), quiet=True)  # as killed: lines, no checkpoint
+    rows = train(settings(tiny, tmp_path), resume=True, quiet=True)
+    assert [r["step"] for r in rows] == [1, 2, 3, 4]
+    assert len(read_jsonl(tmp_path / "metrics.old.jsonl")) == 2
+
+
+def test_a_resume_under_other_settings_is_refused(tiny, tmp_path):
+    train(settings(tiny, tmp_path, max_steps=1, save_steps=1), quiet=True)
+    with pytest.raises(
+        InputError, match=r"other settings \(seed 0 -> 1; weight_decay 0.0 -> 0.1\)"
+    ):
+        train(settings(tiny, tmp_path, seed=1, weight_decay=0.1), resume=True, quiet=True)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tiny, tmp_path):
+    config = settings(tiny, tmp_path, learning_rate=1e30, save_final_model=True)
+    with pytest.raises(MachineError, match="the gradient's norm is nan; lower learning_rate"):
+        train(config, quiet=True)
+    (saved,) = checkpoints(tmp_path)
+    assert int(saved.name.split("-")[1]) < 4
+
+
+def test_long_feedback_is_cut_in_the_middle_and_counted(tiny, tmp_path):
+    text = "begin " + "x" * 300 + " end"
+    config = settings(tiny, tmp_path, max_steps=1, feedback_text=text, max_feedback_length=20)
+    assert train(config, quiet=True)[0]["feedback/clipped_ratio"] == 1.0
+    _, tokenizer = load_model(tiny)
+    ids, clipped = Prompts(tokenizer, config).teacher(Problem("p", "Why?"), text)
+    said = tokenizer.decode(ids)
+    assert clipped
+    assert "begin" in said
+    assert "[...]" in said
+    assert " end" in said
+
+
+def test_marks_in_a_text_are_never_filled_in(tiny, tmp_path):
+    _, tokenizer = load_model(tiny)
+    prompts = Prompts(tokenizer, settings(tiny, tmp_path))
+    ids, _ = prompts.teacher(Problem("p", "a {feedback} b"), "c {prompt} \0 d")
+    said = tokenizer.decode(ids)
+    assert "a {feedback} b" in said
+    assert "c {prompt} \0 d" in said
+
+
+def test_bfloat16_weights_move_as_float32_ones(tiny, tmp_path):
+    """Without a float32 master a step of 1e-5 rounds to nothing in most weights."""
+    moved = {}
+    for dtype in ("float32", "bfloat16"):
+        folder = tmp_path / dtype
+        values = {"dtype": dtype, "learning_rate": 1e-5, "save_steps": 4, "teacher_ema_every": 1}
+        train(settings(tiny, folder, **values), quiet=True)
+        state = torch.load(folder / "checkpoint-4" / "state.pt", weights_only=True)
+        before = {n: p.to(getattr(torch, dtype)) for n, p in weights(tiny).items()}
+        after = state["master"] or weights(folder / "checkpoint-4" / "model")
+        changed = [(after[n].float() != before[n].float()).float().mean() for n in before]
+        moved[dtype] = torch.stack(changed).mean().item()
+        followed = state["teacher"]["weights"]
+        assert all((followed[n].float() != before[n].float()).any() for n in before)
+    assert moved["float32"] > 0.9
+    assert moved["bfloat16"] > 0.9
 
 
 def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(tiny, tmp_path, monkeypatch):
     train(settings(tiny, tmp_path, max_steps=1, save_steps=1), quiet=True)
     monkeypatch.setattr(checkpoint, "free_bytes", lambda path: 1 << 20)
-    with pytest.raises(MachineError, match=r"a checkpoint needs \d+ MiB and the disk has 1 MiB"):
+    with pytest.raises(MachineError, match=r"checkpoint-2: needs \d+ MiB and the disk has 1 MiB"):
         train(settings(tiny, tmp_path, max_steps=2, save_steps=1), resume=True, quiet=True)
     assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-1"]
 
@@ -213,7 +337,8 @@ def test_a_prompt_that_is_too_long_is_an_error_and_not_cut(tiny, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_and_the_resumed_run_is_the_same(tiny, tmp_path, number):
-    words = [f"{k}={json.dumps(v)}" for k, v in _plain(settings(tiny, tmp_path / "run")).items()]
+    plain = _plain(settings(tiny, tmp_path / "run"))
+    words = [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in plain.items()]
     words = [w for w in words if not w.startswith("max_steps=")]
     command = [sys.executable, "-m", "fdfast.cli", "train", "max_steps=400", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -1,10 +1,8 @@
 """Which library multiplies float32 matrices on the CPU.
 
 PyTorch asks oneDNN where float32 GEMMs may be done in bfloat16, MKL elsewhere. On a CPU without
-bfloat16 matrix units
-(AMD's EPYC, say) oneDNN then still computes in float32, as exactly as MKL and twice as fast.
-Whether it does is found
-out once, by a small product.
+bfloat16 matrix units (AMD's EPYC, say) oneDNN then still computes in float32, as exactly as MKL and
+twice as fast. Whether it does is found out once, by a small product.
 """
 
 import contextlib
@@ -45,8 +43,7 @@ def onednn_scratch_bytes(*, bfloat16_inputs: bool, workspace_bytes: int) -> int:
     """What oneDNN's packed blocks take of a workspace; 0 says that MKL is the better choice.
 
     With bfloat16 inputs a product of them in bfloat16 is exact, and one with float32 dlogits as
-    exact as the gradient
-    that leaves.
+    exact as the gradient that leaves.
 
     Args:
         bfloat16_inputs: whether hidden and weight were bfloat16 before they were widened.

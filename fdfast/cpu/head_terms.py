@@ -162,8 +162,7 @@ def _fill_topk(
     """The divergence through K tokens and a tail, and its gradient by the logits; all float64.
 
     With w = d(divergence)/d(log p) and W their sum, dz_v = w_v - p_v W at the K tokens, and every
-    token of the tail has
-    its share p_v / p_tail of w_tail: dz_v = p_v (w_tail / p_tail - W).
+    token of the tail has its share p_v / p_tail of w_tail: dz_v = p_v (w_tail / p_tail - W).
     """
     assert stats.topk is not None
     max_N1, log_sum_N1 = stats.norm_N2[:, :1], stats.norm_N2[:, 1:]

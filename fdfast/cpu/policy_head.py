@@ -5,18 +5,16 @@ Two ways, as on the GPU:
 - *recompute* (`policy_head_fwd`, `policy_head_bwd`), for any upstream gradient. Forward: a chunk of
 tokens meets the
   whole vocabulary, so every statistic of a row is exact and final at once. Backward: blocks of
-  tokens x vocabulary are
-  projected again; the gradient of a vocabulary block is finished before the next begins, so its
-  float32 sum needs no
-  second copy of the weight. 6 GEMMs with a TeacherHidden, 4 without.
+  tokens x vocabulary are projected again; the gradient of a vocabulary block is finished before the
+  next begins, so its float32 sum needs no second copy of the weight. 6 GEMMs with a TeacherHidden,
+  4 without.
 - *token chunk* (`policy_head_loss_fwd`), where the loss of a token is known from the token alone: a
 chunk's logits
   become its dlogits in place, and nothing is projected twice. 4 GEMMs with a TeacherHidden, 3
   without.
 
 Memory beside inputs, gradients and N-sized outputs: the workspace of the options. A bfloat16 or
-float16 `hidden`
-holds its gradient once more in float32 while it is summed.
+float16 `hidden` holds its gradient once more in float32 while it is summed.
 Legend: M tokens, N trained ones, D hidden, V vocabulary, R tokens of a chunk, B vocabulary columns
 of a block.
 """

@@ -1,14 +1,19 @@
 """The problems a model is trained on: a chat question, or a theorem with its statement."""
 
 import fnmatch
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fdfast.data.jsonl import Theorem, read_records, read_theorems, text_field
 from fdfast.errors import InputError
+from fdfast.lean.leanfile import definition_mark
+from fdfast.lean.screen import blank_comments
 
 TASKS = ("chat", "lean")
+
+_LANGUAGE = re.compile(r"\A[ \t]*lean4?(?=\s|\Z)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,22 @@ def read_problems(
 def proof_text(answer: str) -> str:
     """The proof in a model's answer: what follows the statement's `:=`, out of its code fence.
 
-    Small models repeat the statement, or fence their code; both are cut away, nothing else is
-    mended.
+    Small models repeat the statement, fence their code, or end it with a fence that they never
+    opened; all of these are cut away, nothing else is mended.
     """
-    text = answer.strip()
-    if "```" in text:
-        text = text.split("```")[1]
-        text = text.removeprefix("lean4").removeprefix("lean").strip()
-    if text.startswith(("theorem ", "lemma ", "example ")) and ":=" in text:
-        text = text.split(":=", 1)[1]
-    return text.removeprefix(":=").strip()
+    text = _out_of_fence(answer).strip()
+    if text.startswith(("theorem ", "lemma ", "example ")):
+        # Where a comment is at fault, the rest of the text stands in `code` as it is.
+        code, _ = blank_comments(text)
+        text = text[max(definition_mark(code, 0, len(code)), 0) :]
+    return text.strip().removeprefix(":=").strip()
+
+
+def _out_of_fence(answer: str) -> str:
+    """The first fenced block; with one fence only, what it closes, or opens if it names Lean."""
+    before, *blocks = answer.split("```")
+    if not blocks:
+        return before
+    block = _LANGUAGE.sub("", blocks[0])
+    opens = len(blocks) > 1 or block != blocks[0] or not before.strip()
+    return block if opens and block.strip() else before

@@ -8,18 +8,16 @@ from pathlib import Path
 
 from fdfast.files import atomic_file
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1d2a33; max-width: 60rem; margin: 2rem auto;
+STYLE = """ body { font: 16px/1.5 system-ui, sans-serif; color: #1d2a33; max-width: 60rem; margin:
+2rem auto;
        padding: 0 1rem; }
-h1, h2 { color: #1b4965; line-height: 1.2; }
-img { max-width: 100%; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { text-align: left; padding: .3rem .8rem; border-bottom: 1px solid #d7dee2;
+h1, h2 { color: #1b4965; line-height: 1.2; } img { max-width: 100%; } table { border-collapse:
+collapse; margin: 1rem 0; } th, td { text-align: left; padding: .3rem .8rem; border-bottom: 1px
+solid #d7dee2;
          vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-pre { margin: 0; white-space: pre-wrap; font-size: .85rem; }
-.held { color: #2e7d4f; font-weight: 600; } .broken { color: #b3261e; font-weight: 600; }
-footer { color: #66757f; font-size: .85rem; margin-top: 3rem; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; } pre { margin: 0; white-space:
+pre-wrap; font-size: .85rem; } .held { color: #2e7d4f; font-weight: 600; } .broken { color: #b3261e;
+font-weight: 600; } footer { color: #66757f; font-size: .85rem; margin-top: 3rem; }
 """
 
 

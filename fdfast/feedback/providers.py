@@ -11,7 +11,9 @@ from fdfast.data.problems import Problem
 from fdfast.errors import InputError
 from fdfast.lean import Verdict
 
-MAX_MESSAGES = 3  # a proof that fails in thirty places is mended at the first few
+# A proof that fails in thirty places is mended at the first few, and the head of a message says it.
+MAX_MESSAGES = 3
+MAX_MESSAGE_CHARACTERS = 500
 
 
 class FeedbackProvider(Protocol):
@@ -45,7 +47,10 @@ class Verifier:
         attempt = attempt.strip() or "(nothing)"
         if verdict.proved:
             return f"This proof is correct:\n{attempt}"
-        said = [f"line {m.line}: {m.text}" for m in verdict.messages[:MAX_MESSAGES]]
+        said = [
+            f"line {m.line}: {m.text[:MAX_MESSAGE_CHARACTERS]}"
+            for m in verdict.messages[:MAX_MESSAGES]
+        ]
         lines = "\n".join(said) or verdict.reason or verdict.kind
         return f"An earlier attempt was:\n{attempt}\nLean answered ({verdict.kind}):\n{lines}"
 

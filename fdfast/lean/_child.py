@@ -62,16 +62,17 @@ def _run(libc: ctypes.CDLL, lean: ctypes.CDLL, parent: int, job: dict[str, str])
         os.chdir(job["folder"])
         nothing = os.open(os.devnull, os.O_RDONLY)
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-        files = (nothing, *(os.open(job[name], flags, 0o600) for name in ("stdout", "stderr")))
-    except OSError:  # the parent finds no files and says so
+        files = (nothing, *(os.open(job[name], flags, 0o600) for name in ("stderr", "stdout")))
+        for target, file in zip((0, 2, 1), files, strict=True):
+            os.dup2(file, target)
+        os.closerange(3, max(files) + 1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, MAX_FILE_BYTES))
+        os.environ["LEAN_PATH"] = job["lean_path"]
+        argv = [b"lean", *(os.fsencode(argument) for argument in job["arguments"])]
+        status = lean.lean_main(len(argv), (ctypes.c_char_p * (len(argv) + 1))(*argv, None))
+    except BaseException as error:  # of whatever kind: Python's exit status 1 would pass for Lean's
+        os.write(2, f"{error!r}\n".encode(errors="replace"))
         os._exit(CANNOT_RUN)
-    for target, file in enumerate(files):
-        os.dup2(file, target)
-    os.closerange(3, max(files) + 1)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, MAX_FILE_BYTES))
-    os.environ["LEAN_PATH"] = job["lean_path"]
-    argv = [b"lean", *(os.fsencode(argument) for argument in job["arguments"])]
-    status = lean.lean_main(len(argv), (ctypes.c_char_p * (len(argv) + 1))(*argv, None))
     # os._exit, since unwinding Lean's threads costs time and can hang; it does not flush C's
     # buffers.
     libc.fflush(None)

@@ -20,18 +20,24 @@ things, and then the compiled theorem cannot be imported next to the header itse
 The kernel has checked the term in step 2; the options that would keep it from that are refused in
 step 1, in headers too. What a *header* defines is the caller's word: it is screened for
 metaprograms, not judged.
+
+No fault of the machine is a verdict. A process or job that somebody else killed, a job that does
+not reach Lean, a library that is gone, a run without proof text that brings Lean down: each is
+tried once more in a new process, then it is a MachineError. The clock runs only while Lean works on
+the check; loading Lean, and a run that was lost, are not counted.
 """
 
 import json
 import re
 import secrets
+import signal
 import tempfile
 import threading
 import time
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 from fdfast.errors import MachineError
+from fdfast.lean.folder import private_folder
 from fdfast.lean.process import Finished, LeanProcess
 from fdfast.lean.screen import refuse_context, refuse_proof, refuse_text
 from fdfast.lean.statement import complete_header, parse_statement
@@ -49,6 +55,14 @@ _PRINT_ALL = "".join(
 )
 _MAX_STATEMENT_TYPES = 4096
 _STATEMENT_TYPES: dict[tuple[Toolchain, str, str], str] = {}
+_PROOF = "the proof"  # the one stage that reads the proof text
+# The signals by which a program can end through what it does itself; any other came from outside.
+_OWN_SIGNALS = {
+    *(signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE),
+    *(signal.SIGTRAP, signal.SIGSYS, signal.SIGXFSZ),
+}
+_WARM_UP_S = 120.0
+_WARM: set[Toolchain] = set()
 
 
 class _Stop(Exception):  # noqa: N818 - it carries a verdict out of nested calls, it is no error
@@ -74,24 +88,25 @@ class Checker:
         self._timeout_s = timeout_s
         self._memory_bytes = memory_bytes
         self._cancel = cancel
-        self._deadline = 0.0
+        self._left_s = 0.0
         self._process: LeanProcess | None = None
 
     def close(self) -> None:
         """End the Lean process."""
         if self._process is not None:
             self._process.close()
+            self._process = None
 
     def verify(self, formal_statement: str, proof: str, header: str) -> Verdict:
-        """Run the three walls in order; the clock starts here."""
-        self._deadline = time.monotonic() + self._timeout_s
+        """Run the three walls in order."""
+        self._left_s = self._timeout_s
         statement, name = parse_statement(formal_statement)
         header = complete_header(self._lean, header)
         reason = refuse_text(statement) or refuse_context(header) or refuse_proof(proof)
         if reason:
             return Verdict("rejected", reason=reason)
         try:
-            with _private_folder() as folder:
+            with private_folder() as folder:
                 printed = self._statement_type(header, statement, name)
                 module, messages = self._attempt(Path(folder), header, statement, proof)
                 self._audit(Path(folder), module, printed)
@@ -110,7 +125,7 @@ class Checker:
         if (known := _STATEMENT_TYPES.get(key)) is not None:
             return known
         text = f"{header}{statement}\nsorry\n{_PRINT_ALL}"
-        with _private_folder() as folder:
+        with private_folder() as folder:
             _write(Path(folder) / "Statement.lean", f"{text}#check @{name}\n")
             finished, records = self._run(Path(folder), "the statement", "Statement.lean")
         if finished.status != 0:
@@ -132,7 +147,7 @@ class Checker:
         above = f"{header}{statement}\n"
         _write(folder / f"{module}.lean", f"{above}{proof}\n")
         arguments = ("-o", f"{module}.olean", f"{module}.lean")
-        finished, records = self._run(folder, "the proof", *arguments)
+        finished, records = self._run(folder, _PROOF, *arguments)
         messages = tuple(_message(record, above.count("\n")) for record in records)
         if finished.status != 0:
             error = next(message for message in messages if message.severity == "error")
@@ -151,6 +166,8 @@ class Checker:
         text = f"{axioms}{_PRINT_ALL}#check @{name}\n"
         _write(folder / "Audit.lean", text)
         finished, records = self._run(folder, "the audit", "Audit.lean")
+        if finished.status != 0 and not (folder / f"{module}.olean").is_file():
+            raise MachineError(f"lean: {folder} was emptied during a check; set TMPDIR")
         said = {_place(record)[0]: str(record["data"]) for record in records}
         if finished.status != 0 or said.get(text.count("\n")) != printed:
             raise _Stop("rejected", "the proof changes what the statement says")
@@ -166,39 +183,99 @@ class Checker:
             raise _Stop("rejected", f"the proof uses the axiom {', '.join(refused)}")
 
     def _run(self, folder: Path, stage: str, *arguments: str) -> tuple[Finished, list[Record]]:
-        """Run Lean in `folder`; unless it ends by itself with status 0 or 1, the check is over."""
-        if self._process is None or not self._process.usable:
-            self._process = self._lean.start()
-        finished = self._process.run(
+        """Run Lean in `folder`; unless it ends by itself with status 0 or 1, the check is over.
+
+        Raises:
+            MachineError: a fault of the machine, twice.
+        """
+        try:
+            return self._run_once(folder, stage, *arguments)
+        except MachineError:
+            self.close()
+            return self._run_once(folder, stage, *arguments)
+
+    def _run_once(self, folder: Path, stage: str, *arguments: str) -> tuple[Finished, list[Record]]:
+        process = self._ready()
+        began = time.monotonic()
+        finished = process.run(
             ["--json", *arguments],
             folder=folder,
             lean_path=self._lean.lean_path(folder),
-            deadline=self._deadline,
+            deadline=began + self._left_s,
             memory_bytes=self._memory_bytes,
             cancel=self._cancel,
         )
         if finished.end == "timeout":
             raise _Stop("timeout", f"Lean was still busy after {self._timeout_s:g} s ({stage})")
-        if finished.end == "memory":
-            limit = f"{self._memory_bytes / 2**20:.0f} MiB"
-            raise _Stop("crashed", f"Lean went over its memory limit of {limit} ({stage})")
         if finished.end == "cancelled":
             raise _Stop("timeout", "cancelled")
-        lines = finished.stdout.splitlines()
+        if finished.end == "memory":
+            limit = f"{self._memory_bytes / 2**20:.0f} MiB"
+            reason = f"Lean went over its memory limit of {limit} ({stage})"
+            if stage == _PROOF:
+                raise _Stop("crashed", reason)
+            raise MachineError(f"lean: {reason}, without any proof; raise memory_bytes")
+        # Not splitlines(): Lean prints U+2028 and the like as they are, inside a JSON string.
+        lines = finished.stdout.split("\n")
         records = [record for line in lines if (record := _record(line)) is not None]
         if finished.cut and not _first_error(records):
             records.append({"severity": "error", "data": "Lean's messages are longer than 1 MiB"})
         if finished.status == 0 or (finished.status == 1 and _first_error(records)):
+            if finished.status == 1:
+                self._require_library()
+            self._left_s -= time.monotonic() - began
             return finished, records
         _probe_disk(folder)
         said = _one_line(finished.stderr) or "no word on stderr"
         kind = "signal" if finished.status < 0 else "status"
         reason = f"Lean ended with {kind} {abs(finished.status)} ({stage}): {said}"
-        raise _Stop("crashed", reason)
+        if stage == _PROOF and (finished.status > 0 or -finished.status in _OWN_SIGNALS):
+            raise _Stop("crashed", reason)
+        raise MachineError(f"lean: {reason}; free memory, then run `fdfast lean doctor`")
 
+    def _ready(self) -> LeanProcess:
+        """The Lean process, loaded.
 
-def _private_folder() -> AbstractContextManager[str]:
-    return tempfile.TemporaryDirectory(prefix="fdfast-lean-", ignore_cleanup_errors=True)
+        The first one of a program also does a little work, lest a proof's time go into reading the
+        rest of Lean's 230 MB from disk.
+        """
+        if self._process is not None and self._process.usable:
+            return self._process
+        self.close()
+        self._process = process = self._lean.start()
+        if self._lean in _WARM:
+            return process
+        with private_folder() as folder:
+            text = f"{self._lean.default_header}theorem t (a : Prop) (h : a) : a := h\n"
+            _write(Path(folder) / "Warm.lean", text)
+            finished = process.run(
+                ["--json", "Warm.lean"],
+                folder=Path(folder),
+                lean_path=self._lean.lean_path(),
+                deadline=time.monotonic() + _WARM_UP_S,
+                cancel=self._cancel,
+            )
+        if finished.end == "cancelled":
+            raise _Stop("timeout", "cancelled")
+        if (finished.end, finished.status) != ("exit", 0):
+            self._require_library()
+            said = _one_line(finished.stderr or finished.stdout) or "no word"
+            raise MachineError(
+                f"lean: Lean does not prove a theorem of ours ({finished.end},"
+                f" status {finished.status}: {said}); run `fdfast lean doctor`"
+            )
+        _WARM.add(self._lean)
+        return process
+
+    def _require_library(self) -> None:
+        """Raise MachineError if a module that a header may import is gone."""
+        for module in sorted(self._lean.modules or ()):
+            files = [folder / f"{module}.olean" for folder in self._lean.library_dirs]
+            if not any(file.is_file() for file in files):
+                raise MachineError(
+                    f"lean: the compiled base library {files[0]} is gone;"
+                    " run again, which compiles it anew"
+                )
 
 
 def _probe_disk(folder: Path) -> None:

@@ -1,11 +1,15 @@
 """`fdfast lean check` and `fdfast lean doctor`."""
 
 import argparse
+import functools
 import json
+import os
 import platform
 import shutil
+import signal
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,6 +55,26 @@ def register(subparsers: "argparse._SubParsersAction[Any]") -> None:
     doctor.set_defaults(run=_doctor)
 
 
+def _until_nobody_reads(
+    command: Callable[[argparse.Namespace], int],
+) -> Callable[[argparse.Namespace], int]:
+    """Let a command end quietly, as one that SIGPIPE ends, when `| head` has read enough."""
+
+    @functools.wraps(command)
+    def run(arguments: argparse.Namespace) -> int:
+        try:
+            status = command(arguments)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # What stdout still holds goes nowhere, lest the interpreter's own flush complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        return status
+
+    return run
+
+
+@_until_nobody_reads
 def _check(arguments: argparse.Namespace) -> int:
     """Print a verdict for each theorem of each file."""
     if not arguments.timeout > 0:
@@ -106,6 +130,7 @@ def _verdict(lean: Toolchain, piece: Piece, context: str, timeout_s: float) -> V
     return verify(piece.statement, piece.proof, header=context, timeout_s=timeout_s, toolchain=lean)
 
 
+@_until_nobody_reads
 def _doctor(_: argparse.Namespace) -> int:
     """Show the Lean in use and let it check one proof.
 

@@ -84,14 +84,17 @@ def _piece(text: str, code: str, start: int, stop: int) -> Piece:
     begin = lead.end()
     words = code[begin:stop].split(None, 2)
     name = re.split(r"[\s:({\[⦃]", words[1], maxsplit=1)[0] if len(words) > 1 else "?"
-    end = _definition_mark(code, begin, stop)
+    end = definition_mark(code, begin, stop)
     if end < 0:
         return Piece(whole, line, name=name)
     return Piece(whole, line, text[begin:end], text[end:stop], name)
 
 
-def _definition_mark(code: str, begin: int, stop: int) -> int:
-    """The place after the first `:=` outside brackets, -1 if there is none."""
+def definition_mark(code: str, begin: int, stop: int) -> int:
+    """Return the place after the first `:=` outside brackets, -1 if there is none.
+
+    `code` is a text without its comments (`blank_comments`).
+    """
     depth = 0
     for i in range(begin, stop):
         if code[i] in _OPENING:

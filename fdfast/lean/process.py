@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import IO, Literal, Self
 
 from fdfast.errors import MachineError
+from fdfast.lean._child import CANNOT_RUN
 
 OUTPUT_CAP_BYTES = 1 << 20
 MEMORY_LIMIT_BYTES = 2 << 30
@@ -99,7 +100,9 @@ class LeanProcess:
         `time.monotonic()`).
 
         Raises:
-            MachineError: this process, not the job, was killed from outside.
+            MachineError: this process, not the job, was killed from outside; or the job did not get
+                as far as Lean.
+            OSError: `folder` cannot be written.
         """
         files = [folder / f"output.{name}" for name in ("stdout", "stderr")]
         job = {
@@ -109,6 +112,8 @@ class LeanProcess:
             "stdout": str(files[0]),
             "stderr": str(files[1]),
         }
+        for file in files:  # ours to make, so that no earlier job's output is taken for this one's
+            file.write_bytes(b"")
         try:
             self._send(json.dumps(job) + "\n")
             pid = self._answer("pid", time.monotonic() + _START_TIMEOUT_S)
@@ -121,15 +126,14 @@ class LeanProcess:
         ):  # above all KeyboardInterrupt: the job must not go on; it dies with its parent
             self.close()
             raise
-        try:
-            outputs = [_read(file) for file in files]
-        except FileNotFoundError as error:
-            raise MachineError(
-                f"lean: a job cannot open its files in {folder};"
-                " free disk space or raise `ulimit -n`"
-            ) from error
+        outputs = [_read(file) for file in files]
         cut = any(len(output) > OUTPUT_CAP_BYTES for output in outputs)
         stdout, stderr = (o[:OUTPUT_CAP_BYTES].decode(errors="replace") for o in outputs)
+        if (end, status) == ("exit", CANNOT_RUN):
+            raise MachineError(
+                f"lean: a job does not start in {folder} ({stderr.strip()[:300] or 'no word'});"
+                " free disk space or raise `ulimit -n`, then run `fdfast lean doctor`"
+            )
         return Finished(end, status, stdout, stderr, cut)
 
     def close(self) -> None:
@@ -165,13 +169,14 @@ class LeanProcess:
     ) -> End:
         """Wait until the job ends or must be ended."""
         while True:
+            # Before the first wait too: a short job would be over before anybody looked.
+            if _resident_bytes(pid) > memory_bytes:
+                return "memory"
             remaining = deadline - time.monotonic()
             if self._wait(min(_POLL_S, max(remaining, 0.0))):
                 return "exit"
             if cancel is not None and cancel.is_set():
                 return "cancelled"
-            if _resident_bytes(pid) > memory_bytes:
-                return "memory"
             if remaining <= 0:
                 return "timeout"
 

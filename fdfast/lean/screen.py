@@ -2,12 +2,13 @@
 no place in it.
 
 The screen is the first of three walls (see `checker`). It may refuse an odd honest proof but must
-not pass a dishonest one, so it reads a text exactly as Lean's lexer does or, where that would take
-the whole lexer, more strictly:
+not pass a dishonest one. It is no lexer of Lean: where Lean's would have to be known to the letter,
+it refuses or counts more than Lean would:
 
-* comments are blanked up to the first string, character or `«name»` delimiter outside a comment. Up
-  to there "comment" means what it means to Lean. From there on nothing is blanked and forbidden
-  words count wherever they stand;
+* comments are blanked up to the first string, character or `«name»` delimiter outside a comment.
+  From there on nothing is blanked and forbidden words count wherever they stand;
+* a comment that Lean's longest match may read as symbols is refused: `<--1` is `<-` and `-1` to
+  Lean, `//-x` is `//` and `-x`;
 * a number glued to a word (`0b1open`) is refused, since where the number ends is a matter of Lean's
   lexer.
 """
@@ -56,6 +57,8 @@ _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_'!?]*%?(?:\.[A-Za-z_][A-Za-z0-9_'!?]*)*
 _NUMBER = re.compile(r"[0-9]+")
 _OPEN_IN = re.compile(r"open\b[^\n]*?\bin\b")
 _STRICT_FROM = '"«'
+# The characters that make a symbol with the first one of a comment's opening: `<-`, `//`, `\\/`.
+_JOINING = {"--": "<", "/-": "/\\"}
 
 
 def blank_comments(text: str) -> tuple[str, str]:
@@ -68,6 +71,8 @@ def blank_comments(text: str) -> tuple[str, str]:
     i, depth, start = 0, 0, 0
     while i < len(text):
         two = text[i : i + 2]
+        if not depth and two in _JOINING and out and out[-1] in _JOINING[two]:
+            return "".join(out) + text[i:], f"ambiguous comment: `{out[-1]}{two}`"
         if two == "/-" and (depth or text[i + 2 : i + 3] not in ("-", "!")):
             start = start if depth else i
             depth += 1

@@ -29,7 +29,9 @@ def parse_statement(formal_statement: str) -> tuple[str, str]:
     if match is None:
         raise InputError(f"formal_statement must begin with `theorem NAME`; got {shown!r}")
     code, fault = blank_comments(statement)
-    if fault or not code.rstrip().endswith(":="):
+    if fault:
+        raise InputError(f"formal_statement cannot be read ({fault}); got {shown!r}")
+    if not code.rstrip().endswith(":="):
         raise InputError(f"formal_statement has no `:=` outside its comments; got {shown!r}")
     return statement, match["name"]
 

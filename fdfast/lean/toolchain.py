@@ -153,7 +153,7 @@ def _build_step(process: LeanProcess, folder: Path, *arguments: str) -> str:
 
 def first_error(stdout: str) -> str:
     """Return the text of the first error among Lean's JSON lines, "" if there is none."""
-    for line in stdout.splitlines():
+    for line in stdout.split("\n"):  # splitlines() would split at U+2028 inside a message
         if line.startswith("{"):
             record = json.loads(line)
             if record.get("severity") == "error":

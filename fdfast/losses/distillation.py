@@ -18,12 +18,10 @@ class FeedbackDistillationLoss(torch.nn.Module):
     global token count.
 
     The paper's loss (arXiv 2605.30861) is divergence="forward_kl" with TeacherTopK of K = 25 and
-    tail="truncate". The
-    default takes the whole vocabulary from the teacher's hidden states, which costs no more here
-    and is exact. Dividing
-    by the global number of trained tokens equals the paper's sum up to a constant of the batch; a
-    mean by sequence or
-    micro-batch would not, for it weighs short attempts up.
+    tail="truncate". The default takes the whole vocabulary from the teacher's hidden states, which
+    costs no more here and is exact. Dividing by the global number of trained tokens equals the
+    paper's sum up to a constant of the batch; a mean by sequence or micro-batch would not, for it
+    weighs short attempts up.
 
     Args:
         divergence: a name in divergences.TABLE.

@@ -3,12 +3,16 @@
 Legend: B sequences, L positions, D hidden, V vocabulary.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from fdfast.losses.output import LossOutput, masked_mean, masked_sum, normalizer
 from fdfast.policy_head import DEFAULT_WORKSPACE_MB, policy_head
-from fdfast.reference import k3, token_objective
+from fdfast.policy_head_loss import policy_head_loss
+from fdfast.reference import k3, statistics_dtype, token_objective
+from fdfast.types import PolicyHead
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
 IS_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
@@ -24,9 +28,8 @@ def group_advantages(
         rewards: (B,) floating, B a multiple of num_generations.
         num_generations: generations a prompt.
         scale_rewards: group: divide by the group's standard deviation (Shao et al. 2024, arXiv
-            2402.03300); batch: by
-            the whole batch's (arXiv 2508.08221); none: not at all (Dr. GRPO, Liu et al. 2025, arXiv
-            2503.20783).
+            2402.03300); batch: by the whole batch's (arXiv 2508.08221); none: not at all (Dr. GRPO,
+            Liu et al. 2025, arXiv 2503.20783).
 
     Raises:
         ValueError: sizes do not fit or no such scale.
@@ -56,11 +59,9 @@ class GRPOLoss(torch.nn.Module):
     batch.
 
     Normalisation: dapo, cispo and bnpo by trained tokens; grpo and sapo by trained tokens of each
-    sequence, then by
-    sequences; dr_grpo by sequences * max_completion_length. Each count is the global one that the
-    caller gives, so micro-
-    batches and ranks simply add up. GSPO (arXiv 2507.18071) is loss_type="grpo",
-    importance_sampling_level="sequence".
+    sequence, then by sequences; dr_grpo by sequences * max_completion_length. Each count is the
+    global one that the caller gives, so micro- batches and ranks simply add up. GSPO (arXiv
+    2507.18071) is loss_type="grpo", importance_sampling_level="sequence".
 
     Args:
         loss_type: grpo, bnpo, dr_grpo, dapo, cispo, sapo.
@@ -76,8 +77,8 @@ class GRPOLoss(torch.nn.Module):
         sapo_temperature_pos: for sapo, where the advantage is positive.
         sapo_temperature_neg: for sapo, elsewhere.
         vllm_importance_sampling_mode: what is done with p_train / p_sampler when sampling log-probs
-            are given:
-            token or sequence, truncate (clamped into [clip_min, clip_max]) or mask (0 outside).
+            are given: token or sequence, truncate (clamped into [clip_min, clip_max]) or mask (0
+            outside).
         vllm_importance_sampling_clip_max: upper bound, or None.
         vllm_importance_sampling_clip_min: lower bound, or None.
         grad_filter: see `policy_head`.
@@ -175,8 +176,7 @@ class GRPOLoss(torch.nn.Module):
 
         Returns:
             LossOutput with the metrics loss, policy_loss, entropy, ppo_kl, clip_ratio/*, kl (if
-            beta > 0),
-            sampling/* (if sampling_logprobs), num_tokens.
+            beta > 0), sampling/* (if sampling_logprobs), num_tokens.
 
         Raises:
             ValueError: a shape or a value is off, or ref_logprobs is missing.
@@ -189,66 +189,105 @@ class GRPOLoss(torch.nn.Module):
         if self.beta and ref_logprobs is None:
             raise ValueError(f"GRPOLoss: beta={self.beta} wants ref_logprobs; give them, or beta=0")
         self._check(targets, advantages, old_logprobs, ref_logprobs, sampling_logprobs)
-        head = policy_head(
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            temperature=self.temperature,
-            logit_softcap=self.logit_softcap,
-            mask=mask,
-            grad_filter=self.grad_filter,
-            workspace_mb=self.workspace_mb,
-            backend=self.backend,
-        )
         trained = (
             torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.to(torch.bool)
         )
-        if advantages.dim() == 1:
-            advantages = advantages[:, None]
-        logprobs = head.logprobs
-        # Masked positions must not carry NaN into a sum over the sequence, nor into its gradient.
-        advantages = torch.where(trained, advantages, 0.0)
-        old = logprobs.detach() if old_logprobs is None else torch.where(trained, old_logprobs, 0.0)
-        log_ratio = logprobs - old
-        weights = log_ratio
+        dtype = statistics_dtype(hidden, weight)
+        count = torch.as_tensor(normalizer(num_tokens, trained.sum(), "num_tokens"), dtype=dtype)
+        entropy_weight = self.entropy_coef / count
+        tokens = _Tokens(
+            weights=self._token_weights(trained, num_tokens, num_sequences, dtype),
+            advantages=_per_token(advantages, trained),
+            old=None if old_logprobs is None else _per_token(old_logprobs, trained),
+            ref=None if ref_logprobs is None else _per_token(ref_logprobs, trained),
+            sampling=None if sampling_logprobs is None else _per_token(sampling_logprobs, trained),
+            entropy_weight=entropy_weight,
+        )
+        options = {
+            "bias": bias,
+            "temperature": self.temperature,
+            "logit_softcap": self.logit_softcap,
+            "mask": mask,
+            "grad_filter": self.grad_filter,
+            "workspace_mb": self.workspace_mb,
+            "backend": self.backend,
+        }
+        if self._each_token_alone(tokens):
+
+            def token_loss(
+                logprobs: Tensor, entropy: Tensor, _: Tensor, positions: Tensor
+            ) -> Tensor:
+                own = tokens.at(positions)
+                per_token = self._per_token_loss(logprobs, own, None)[0]
+                return own.weights * per_token - tokens.entropy_weight * entropy
+
+            loss, head = policy_head_loss(hidden, weight, targets, token_loss, **options)
+            with torch.no_grad():
+                _, metrics = self._per_token_loss(head.logprobs, tokens, trained)
+        else:
+            head = policy_head(hidden, weight, targets, **options)
+            per_token, metrics = self._per_token_loss(head.logprobs, tokens, trained)
+            loss = masked_sum(tokens.weights * per_token, trained)
+            loss = loss - tokens.entropy_weight * masked_sum(head.entropy, trained)
+            head = PolicyHead(*(field.detach() for field in head))
+        entropy_loss = tokens.entropy_weight * masked_sum(head.entropy, trained)
+        metrics |= {
+            "loss": loss.detach(),
+            "policy_loss": loss.detach() + entropy_loss,
+            "entropy": masked_mean(head.entropy, trained),
+            "num_tokens": trained.sum(),
+        }
+        return LossOutput(loss, metrics, head)
+
+    def _each_token_alone(self, tokens: "_Tokens") -> bool:
+        """Whether a token's loss follows from the token alone, so that its gradient can be taken at
+        once.
+        """
         if self.importance_sampling_level == "sequence":
-            weights = (log_ratio * trained).sum(1, keepdim=True) / trained.sum(
-                1, keepdim=True
-            ).clamp(min=1)
+            return False
+        corrected = tokens.sampling is not None and self.is_mode.startswith("sequence")
+        return not corrected
+
+    def _per_token_loss(
+        self, logprobs: Tensor, tokens: "_Tokens", trained: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each token without its weight, and the metrics (of whole sequences, where
+        `trained` is given).
+        """
+        old = logprobs.detach() if tokens.old is None else tokens.old
+        log_ratio = logprobs - old
+        ratio_weights = log_ratio
+        if self.importance_sampling_level == "sequence":
+            assert trained is not None
+            length = trained.sum(1, keepdim=True).clamp(min=1)
+            ratio_weights = (log_ratio * trained).sum(1, keepdim=True) / length
         per_token = token_objective(
             self.loss_type,
-            weights,
-            advantages,
+            ratio_weights,
+            tokens.advantages,
             logprobs,
             epsilon=self.epsilon,
             epsilon_high=self.epsilon_high,
             sapo_temperature_pos=self.sapo_temperature_pos,
             sapo_temperature_neg=self.sapo_temperature_neg,
         )
-        metrics = self._clip_metrics(weights.detach().exp(), advantages, trained)
-        if sampling_logprobs is not None:
-            correction = self._sampling_correction(old, sampling_logprobs, trained, metrics)
+        metrics: dict[str, Tensor] = {}
+        if trained is not None:
+            metrics = self._clip_metrics(ratio_weights.detach().exp(), tokens.advantages, trained)
+            metrics["ppo_kl"] = masked_mean(-log_ratio, trained)
+        if tokens.sampling is not None:
+            correction, difference = self._sampling_correction(old, tokens.sampling, trained)
             per_token = per_token * correction
-        if self.beta and ref_logprobs is not None:
-            per_token_kl = k3(logprobs, torch.where(trained, ref_logprobs, 0.0))
+            if trained is not None:
+                ratio = correction.expand_as(old)
+                metrics["sampling/sampling_logp_difference/mean"] = masked_mean(difference, trained)
+                metrics["sampling/importance_sampling_ratio/mean"] = masked_mean(ratio, trained)
+        if self.beta and tokens.ref is not None:
+            per_token_kl = k3(logprobs, tokens.ref)
             per_token = per_token + self.beta * per_token_kl
-            metrics["kl"] = masked_mean(per_token_kl, trained)
-        policy_loss = self._normalized(per_token, trained, num_tokens, num_sequences)
-        loss = policy_loss
-        if self.entropy_coef:
-            bonus = masked_sum(head.entropy, trained)
-            loss = loss - self.entropy_coef * bonus / normalizer(
-                num_tokens, trained.sum(), "num_tokens"
-            )
-        metrics |= {
-            "loss": loss.detach(),
-            "policy_loss": policy_loss.detach(),
-            "entropy": masked_mean(head.entropy, trained),
-            "ppo_kl": masked_mean(-log_ratio, trained),
-            "num_tokens": trained.sum(),
-        }
-        return LossOutput(loss, metrics, head)
+            if trained is not None:
+                metrics["kl"] = masked_mean(per_token_kl, trained)
+        return per_token, metrics
 
     def _check(self, targets: Tensor, advantages: Tensor, *logprobs: Tensor | None) -> None:
         if advantages.shape not in (targets.shape[:1], targets.shape):
@@ -265,33 +304,35 @@ class GRPOLoss(torch.nn.Module):
                     f"{tuple(tensor.shape)}"
                 )
 
-    def _normalized(
+    def _token_weights(
         self,
-        per_token: Tensor,
         trained: Tensor,
         num_tokens: Tensor | float | None,
         num_sequences: Tensor | float | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        sequences = normalizer(
-            num_sequences, trained.new_tensor(len(trained), dtype=torch.int64), "num_sequences"
-        )
+        """What each token's loss is multiplied by, so that the loss is their sum, (B, L)."""
+        B = trained.new_tensor(len(trained), dtype=torch.int64)
+        sequences = normalizer(num_sequences, B, "num_sequences")
+        ones = trained.to(dtype)
         if self.loss_type in ("grpo", "sapo"):
-            lengths = trained.sum(1).clamp(min=1)
-            return (torch.where(trained, per_token, 0.0).sum(1) / lengths).sum() / sequences
+            return ones / (trained.sum(1, keepdim=True).clamp(min=1) * sequences)
         if self.loss_type == "dr_grpo":
             assert self.max_completion_length
-            return masked_sum(per_token, trained) / (sequences * self.max_completion_length)
-        return masked_sum(per_token, trained) / normalizer(num_tokens, trained.sum(), "num_tokens")
+            return ones / (sequences * self.max_completion_length)
+        return ones / normalizer(num_tokens, trained.sum(), "num_tokens")
 
     def _clip_metrics(
         self, ratio: Tensor, advantages: Tensor, trained: Tensor
     ) -> dict[str, Tensor]:
-        counted = trained
-        if ratio.shape[1] == 1 and advantages.shape[1] == 1:  # one value a sequence, as TRL counts
-            counted = trained.any(1, keepdim=True)
-
         def share(clipped: Tensor) -> Tensor:
-            return masked_mean(clipped.expand_as(counted).to(ratio.dtype), counted)
+            clipped = clipped.expand_as(trained).to(ratio.dtype)
+            if ratio.shape[1] > 1:
+                return masked_mean(clipped, trained)
+            # One ratio a sequence: TRL counts sequences, not their tokens.
+            length = trained.sum(1)
+            mean = (clipped * trained).sum(1) / length.clamp(min=1)
+            return masked_mean(mean, length > 0)
 
         if self.loss_type == "sapo":
             return {}
@@ -306,10 +347,14 @@ class GRPOLoss(torch.nn.Module):
         }
 
     def _sampling_correction(
-        self, old: Tensor, sampling: Tensor, trained: Tensor, metrics: dict[str, Tensor]
-    ) -> Tensor:
-        """p_train / p_sampler, bounded; a token without a sampling log-probability counts as 1."""
-        known = trained & ~sampling.isnan()
+        self, old: Tensor, sampling: Tensor, trained: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """p_train / p_sampler, bounded, and |their log difference|; a token without a sampling
+        log-probability counts as 1.
+        """
+        known = ~sampling.isnan()
+        if trained is not None:
+            known = known & trained
         difference = torch.where(known, old.detach() - sampling, 0.0)
         level, action = self.is_mode.split("_")
         ratio = (difference.sum(1, keepdim=True) if level == "sequence" else difference).exp()
@@ -323,8 +368,37 @@ class GRPOLoss(torch.nn.Module):
             if self.is_clip_max is not None:
                 outside |= ratio > self.is_clip_max
             ratio = ratio.masked_fill(outside, 0.0)
-        metrics["sampling/sampling_logp_difference/mean"] = masked_mean(difference.abs(), trained)
-        metrics["sampling/importance_sampling_ratio/mean"] = masked_mean(
-            ratio.expand_as(old), trained
+        return ratio, difference.abs()
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What the loss of each token is made of beside its log-probability, (B, L) or, of some tokens,
+    (n,).
+    """
+
+    weights: Tensor
+    advantages: Tensor
+    old: Tensor | None
+    ref: Tensor | None
+    sampling: Tensor | None
+    entropy_weight: Tensor
+
+    def at(self, positions: Tensor) -> "_Tokens":
+        """Of some tokens, by their positions in the flattened (B, L)."""
+
+        def pick(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.flatten()[positions]
+
+        weights, advantages = (
+            self.weights.flatten()[positions],
+            self.advantages.flatten()[positions],
         )
-        return ratio
+        rest = (pick(self.old), pick(self.ref), pick(self.sampling))
+        return _Tokens(weights, advantages, *rest, self.entropy_weight)
+
+
+def _per_token(values: Tensor, trained: Tensor) -> Tensor:
+    """(B,) or (B, L) -> (B, L), 0 where masked: what stands there, NaN too, must reach no sum."""
+    values = values[:, None] if values.dim() == 1 else values
+    return torch.where(trained, values, 0.0)

@@ -3,12 +3,14 @@
 Legend: B prompts, L positions.
 """
 
+import bisect
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from fdfast.models import import_transformers
 from fdfast.rollout.completion import Completion, SamplingOptions
 
 
@@ -63,12 +65,27 @@ class HFEngine:
         mask_BL = torch.tensor(
             [[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device
         )
-        sampling: dict[str, Any] = {
-            "do_sample": False,
-            "temperature": None,
-            "top_p": None,
-            "top_k": None,
-        }
+        settings = self._generation_config(options)
+        wants_tokenizer = {"tokenizer": self.tokenizer} if options.stop_strings else {}
+        # `generate` fills what `settings` leaves open from the model's own generation_config: a
+        # repetition penalty there would make the samples none of the policy that is trained.
+        own, self.model.generation_config = self.model.generation_config, settings
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of max_length, which max_new_tokens goes over
+                out_BL = self.model.generate(
+                    input_ids=ids_BL,
+                    attention_mask=mask_BL,
+                    generation_config=settings,
+                    **wants_tokenizer,
+                )
+        finally:
+            self.model.generation_config = own
+        return [self._completion(row, options) for row in out_BL[:, longest:].tolist()]
+
+    def _generation_config(self, options: SamplingOptions) -> Any:
+        """transformers' form of `options`, with nothing of the model's own."""
+        sampling: dict[str, Any] = {"do_sample": False}
         if options.temperature > 0:
             sampling = {
                 "do_sample": True,
@@ -76,21 +93,13 @@ class HFEngine:
                 "top_p": options.top_p,
                 "top_k": options.top_k,
             }
-        if options.stop_strings:
-            sampling |= {"stop_strings": list(options.stop_strings), "tokenizer": self.tokenizer}
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of generation flags that the model's own config carries
-            out_BL = self.model.generate(
-                input_ids=ids_BL,
-                attention_mask=mask_BL,
-                max_new_tokens=options.max_completion_length,
-                eos_token_id=self.end_ids,
-                pad_token_id=pad,
-                **sampling,
-            )
-        return [self._completion(row, options) for row in out_BL[:, longest:].tolist()]
+        return import_transformers().GenerationConfig(
+            max_new_tokens=options.max_completion_length,
+            eos_token_id=self.end_ids,
+            pad_token_id=self.tokenizer.pad_token_id,
+            stop_strings=list(options.stop_strings) or None,
+            **sampling,
+        )
 
     def _completion(self, ids: list[int], options: SamplingOptions) -> Completion:
         """Cut what follows the first end token or stop string: it is padding, no part of the
@@ -111,4 +120,4 @@ class HFEngine:
 
         if not stop_strings or not stops(len(ids)):
             return None
-        return next(length for length in range(1, len(ids) + 1) if stops(length))
+        return bisect.bisect_left(range(len(ids) + 1), True, lo=1, key=stops)

@@ -4,6 +4,7 @@ completions.
 Legend: B attempts, L positions, T trained tokens of all attempts, D hidden.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ class Attempt:
     completion: Completion
     teacher_prompt_ids: list[int]
     feedback: str = ""
+    feedback_clipped: bool = False
 
 
 class Prompts:
@@ -36,16 +38,44 @@ class Prompts:
         self.tokenizer, self.config = tokenizer, config
 
     def student(self, problem: Problem) -> list[int]:
-        """The plain prompt."""
-        return self._ids(problem, self.config.prompt_template.replace("{prompt}", problem.prompt))
+        """The plain prompt.
 
-    def teacher(self, problem: Problem, feedback: str) -> list[int]:
-        """The prompt with the feedback in it; without feedback it is the student's."""
+        Raises:
+            InputError: it has more than max_prompt_length tokens.
+        """
+        ids = self._ids(problem, self.config.prompt_template.replace("{prompt}", problem.prompt))
+        if len(ids) > self.config.max_prompt_length:
+            raise InputError(
+                f"problem {problem.name}: its prompt has {len(ids)} tokens, max_prompt_length is "
+                f"{self.config.max_prompt_length}; raise it, or drop the problem"
+            )
+        return ids
+
+    def teacher(self, problem: Problem, feedback: str) -> tuple[list[int], bool]:
+        """The prompt with the feedback in it, and whether that was cut; the student's without
+        any.
+        """
+        if not feedback:
+            return self.student(problem), False
+        feedback, clipped = self._fit(feedback)
         prompt = self.config.prompt_template.replace("{prompt}", problem.prompt)
-        if feedback:
-            template = self.config.feedback_template.replace("{prompt}", "\0")
-            prompt = template.replace("{feedback}", feedback).replace("\0", prompt)
-        return self._ids(problem, prompt)
+        parts = {"{prompt}": prompt, "{feedback}": feedback}
+        # In one pass: what a text holds is never taken for a mark.
+        user = re.sub(
+            r"\{prompt\}|\{feedback\}", lambda m: parts[m[0]], self.config.feedback_template
+        )
+        return self._ids(problem, user), clipped
+
+    def _fit(self, feedback: str) -> tuple[str, bool]:
+        """Feedback of max_feedback_length tokens at most: its middle goes, its two ends say the
+        most.
+        """
+        ids = self.tokenizer(feedback, add_special_tokens=False).input_ids
+        limit = self.config.max_feedback_length
+        if len(ids) <= limit:
+            return feedback, False
+        head, tail = ids[: (limit + 1) // 2], ids[len(ids) - limit // 2 :]
+        return f"{self.tokenizer.decode(head)} [...] {self.tokenizer.decode(tail)}", True
 
     def _ids(self, problem: Problem, user: str) -> list[int]:
         messages = [{"role": "system", "content": self.config.system_prompt}]
@@ -61,11 +91,6 @@ class Prompts:
         )
         text += self.config.completion_prefix.replace("{prompt}", problem.prompt)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
-        if len(ids) > self.config.max_prompt_length:
-            raise InputError(
-                f"problem {problem.name}: its prompt has {len(ids)} tokens, max_prompt_length is "
-                f"{self.config.max_prompt_length}; raise it, or drop the problem"
-            )
         return ids
 
 

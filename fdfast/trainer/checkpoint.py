@@ -2,36 +2,53 @@
 stopped.
 """
 
+import contextlib
 import dataclasses
 import json
 import pickle
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 
 from fdfast.errors import InputError, MachineError
 from fdfast.files import atomic_dir
 from fdfast.models import free_bytes, save_model
 from fdfast.teacher import EMATeacher
 from fdfast.trainer.config import TrainConfig
+from fdfast.trainer.master import MasterWeights
 
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclasses.dataclass
 class TrainState:
-    """All that a run changes; `step` counts finished optimizer steps, and data and sampling follow
-    from it.
+    """All that a run changes.
+
+    Attributes:
+        model: the student.
+        tokenizer: its tokenizer.
+        teacher: the EMA teacher.
+        master: what the optimizer steps.
+        optimizer: AdamW over `master`.
+        step: finished optimizer steps; data and sampling follow from it.
+        num_tokens: tokens trained on so far.
+        changing: whether a change of the above is under way, so that it can't be saved.
     """
 
     model: Any
     tokenizer: Any
     teacher: EMATeacher
+    master: MasterWeights
     optimizer: torch.optim.Optimizer
     step: int = 0
+    num_tokens: int = 0
+    changing: bool = False
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -49,31 +66,93 @@ def save_checkpoint(state: TrainState, config: TrainConfig, folder: Path) -> Pat
     path = folder / f"checkpoint-{state.step}"
     if path.is_dir():
         return path
+    saved = {
+        "step": state.step,
+        "num_tokens": state.num_tokens,
+        "optimizer": state.optimizer.state_dict(),
+        "teacher": state.teacher.state_dict(),
+        "master": state.master.state_dict(),
+    }
     tensors = [*state.model.parameters(), *state.teacher.state_dict()["weights"].values()]
+    tensors += [*state.master.state_dict().values()]
     tensors += [v for s in state.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
-    wanted = sum(t.numel() * t.element_size() for t in tensors)
-    free = free_bytes(folder)
-    if free < wanted * 1.05:
-        raise MachineError(
-            f"{folder}: a checkpoint needs {wanted / 2**20:.0f} MiB and the disk has "
-            f"{free / 2**20:.0f} MiB free; make room, or name another output_dir, and use --resume"
-        )
-    with atomic_dir(path) as temporary:
+    with _writing(path, tensors), atomic_dir(path) as temporary:
         save_model(state.model, state.tokenizer, temporary / "model")
-        torch.save(
-            {
-                "step": state.step,
-                "optimizer": state.optimizer.state_dict(),
-                "teacher": state.teacher.state_dict(),
-            },
-            temporary / "state.pt",
-        )
+        torch.save(saved, temporary / "state.pt")
         text = json.dumps(dataclasses.asdict(config), indent=2)
         (temporary / "config.json").write_text(text, encoding="utf-8")
     if config.save_total_limit:
         for old in checkpoints(folder)[: -config.save_total_limit]:
             shutil.rmtree(old)
     return path
+
+
+def save_final_model(state: TrainState, folder: Path) -> Path:
+    """Write the trained model to `folder/model`, whole or not at all.
+
+    Raises:
+        MachineError: the disk is too full.
+    """
+    path = folder / "model"
+    with _writing(path, list(state.model.parameters())), atomic_dir(path) as temporary:
+        save_model(state.model, state.tokenizer, temporary)
+    return path
+
+
+@contextlib.contextmanager
+def _writing(path: Path, tensors: list[Tensor]) -> Iterator[None]:
+    """Look for room first; what a full disk raises all the same, in three libraries, is one
+    line.
+    """
+    wanted = sum(t.numel() * t.element_size() for t in tensors)
+    free = free_bytes(path.parent)
+    advice = "make room, or name another output_dir; what was saved before is whole"
+    if free < wanted * 1.05:
+        raise MachineError(
+            f"{path}: needs {wanted / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} MiB free; "
+            f"{advice}"
+        )
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise MachineError(f"{path}: can't be written ({said}); {advice}") from error
+
+
+# A resumed run is the run that never stopped only with the same settings; these change no number.
+MAY_CHANGE = {
+    "lean_workers",
+    "max_steps",
+    "model_name_or_path",
+    "output_dir",
+    "save_final_model",
+    "save_steps",
+    "save_total_limit",
+}
+
+
+def check_settings(config: TrainConfig, checkpoint: Path) -> None:
+    """Refuse to resume a checkpoint under other settings.
+
+    Raises:
+        InputError: naming each setting that differs.
+    """
+    try:
+        saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{checkpoint}/config.json: can't be read ({error})") from error
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    differ = [
+        f"{key} {saved.get(key)!r} -> {value!r}"
+        for key, value in now.items()
+        if key not in MAY_CHANGE and value != saved.get(key)
+    ]
+    if differ:
+        raise InputError(
+            f"{checkpoint}: was made with other settings ({'; '.join(differ)}); keep them, or "
+            f"begin "
+            "another output_dir from its model"
+        )
 
 
 def restore(state: TrainState, path: Path) -> None:
@@ -87,7 +166,8 @@ def restore(state: TrainState, path: Path) -> None:
         saved = torch.load(path / "state.pt", weights_only=True)
         state.optimizer.load_state_dict(saved["optimizer"])
         state.teacher.load_state_dict(saved["teacher"])
-        state.step = saved["step"]
+        state.master.load_state_dict(saved["master"])
+        state.step, state.num_tokens = saved["step"], saved["num_tokens"]
     except (  # what torch.load and the two load_state_dict raise on bytes that are not theirs
         OSError, EOFError, RuntimeError, LookupError, ValueError, pickle.UnpicklingError,
     ) as error:  # fmt: skip

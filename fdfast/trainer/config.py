@@ -1,14 +1,18 @@
 """Every setting of a training run: one dataclass, from a YAML file and `key=value` words."""
 
+import contextlib
 import dataclasses
 import difflib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
+from fdfast.dispatch import BACKENDS
 from fdfast.divergences import TABLE, TAILS
 from fdfast.errors import InputError, MachineError
+from fdfast.feedback import PROVIDERS
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class TrainConfig:
         task: chat (questions without a check) or lean (theorems, checked by Lean).
         dataset: a JSONL file; "base_theorems" and "questions" ship with fdfast.
         dataset_split: the split to train on; "" for all.
-        dataset_names: keep problems whose name fits one of these patterns (easy_*); () for all.
+        problem_names: keep problems whose name fits one of these patterns (easy_*); () for all.
         output_dir: metrics, checkpoints and the final model go there.
         float32_matmul_precision: torch's: highest, high or medium. On CPUs without bfloat16 matrix
             units medium is as exact as highest and takes another library, twice as fast on AMD.
@@ -39,6 +43,8 @@ class TrainConfig:
         prompts_per_step: problems a step.
         num_generations: attempts a problem.
         max_prompt_length: a prompt with more tokens is an error, never cut silently.
+        max_feedback_length: tokens of feedback in the teacher's prompt at most; longer is cut in
+            the middle.
         max_completion_length: tokens of an attempt at most.
         temperature: of sampling.
         top_p: nucleus of sampling; 1 is off.
@@ -88,7 +94,7 @@ class TrainConfig:
     task: Literal["chat", "lean"] = "lean"
     dataset: str = "base_theorems"
     dataset_split: str = "train"
-    dataset_names: tuple[str, ...] = ()
+    problem_names: tuple[str, ...] = ()
     output_dir: str = "runs/fd"
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
     seed: int = 0
@@ -104,6 +110,7 @@ class TrainConfig:
     prompts_per_step: int = 128
     num_generations: int = 1
     max_prompt_length: int = 2048
+    max_feedback_length: int = 1024
     max_completion_length: int = 8192
     temperature: float = 1.0
     top_p: float = 1.0
@@ -149,6 +156,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check the rules that a type can't say."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"config: {field.name} must be a finite number; got {value}")
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise InputError(f"config: {name} must be at least 1; got {getattr(self, name)}")
@@ -158,16 +169,48 @@ class TrainConfig:
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise InputError(f"config: {name} must be positive; got {getattr(self, name)}")
-        if not 0 <= self.teacher_ema_alpha <= 1:
-            raise InputError(
-                f"config: teacher_ema_alpha must lie in [0, 1]; got {self.teacher_ema_alpha}"
-            )
+        for name, value, holds, rule in (
+            ("top_p", self.top_p, self.top_p <= 1, "(0, 1]"),
+            (
+                "teacher_ema_alpha",
+                self.teacher_ema_alpha,
+                0 <= self.teacher_ema_alpha <= 1,
+                "[0, 1]",
+            ),
+            ("adam_beta1", self.adam_beta1, 0 <= self.adam_beta1 < 1, "[0, 1)"),
+            ("adam_beta2", self.adam_beta2, 0 <= self.adam_beta2 < 1, "[0, 1)"),
+            ("grad_filter", self.grad_filter, 0 <= (self.grad_filter or 0) < 1, "[0, 1)"),
+        ):
+            if not holds:
+                raise InputError(f"config: {name} must lie in {rule}; got {value}")
         for name, value, known in (
             ("divergence", self.divergence, tuple(TABLE)),
             ("tail", self.tail, TAILS),
+            ("backend", self.backend, BACKENDS),
+            ("feedback", self.feedback, tuple(PROVIDERS)),
         ):
             if value not in known:
                 raise InputError(f"config: {name} must be one of {', '.join(known)}; got {value!r}")
+        if TABLE[self.divergence].needs_alpha and not 0 < self.divergence_alpha < 1:
+            raise InputError(
+                f"config: divergence_alpha must lie in (0, 1) for divergence {self.divergence!r}; "
+                f"got {self.divergence_alpha}"
+            )
+        self._check_texts()
+
+    def _check_texts(self) -> None:
+        """The rules of the texts, and of what goes with what."""
+        if not self.output_dir.strip():
+            raise InputError("config: output_dir must name a folder; got ''")
+        if self.feedback == "constant" and not self.feedback_text.strip():
+            raise InputError(
+                "config: feedback 'constant' wants feedback_text, the sentence for the teacher"
+            )
+        if self.task == "chat" and self.feedback in ("verifier", "solution"):
+            raise InputError(
+                f"config: feedback {self.feedback!r} wants task 'lean'; with task 'chat' take "
+                "feedback=constant and a feedback_text"
+            )
         for mark in ("{prompt}", "{feedback}"):
             if mark not in self.feedback_template:
                 raise InputError(
@@ -185,6 +228,7 @@ _AT_LEAST_ONE = (
     "num_generations",
     "num_generations_eval",
     "max_prompt_length",
+    "max_feedback_length",
     "max_completion_length",
     "generation_batch_size",
     "lean_workers",
@@ -211,6 +255,7 @@ _POSITIVE = (
     "learning_rate",
     "workspace_mb",
     "lean_timeout_s",
+    "adam_epsilon",
 )
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -236,13 +281,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_steps": 16,
         "eval_num_prompts": 8,
         "num_generations_eval": 2,
-        "save_steps": 0,
+        "save_steps": 4,
+        "save_total_limit": 1,
         "save_final_model": False,
     },
     "demo_lean": {
         "task": "lean",
         "float32_matmul_precision": "medium",
-        "dataset_names": ("easy_*", "taut_*", "calc_*"),
+        "problem_names": ("easy_*", "taut_*", "calc_*"),
         "system_prompt": "You write Lean.",
         "prompt_template": "Complete the Lean proofs.",
         "completion_prefix": (
@@ -264,25 +310,34 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_steps": 6,
         "eval_num_prompts": 16,
         "lean_timeout_s": 10.0,
-        "save_steps": 0,
+        "save_steps": 4,
+        "save_total_limit": 1,
         "save_final_model": False,
     },
 }
 
 
-def make_config(values: dict[str, Any], *, source: str = "config") -> TrainConfig:
+def make_config(
+    values: dict[str, Any], *, source: str = "config", sources: Mapping[str, str] | None = None
+) -> TrainConfig:
     """A TrainConfig from plain values, their types checked and converted.
+
+    Args:
+        values: key -> value.
+        source: where they come from, for the message.
+        sources: key -> where that one comes from; a key that is not in it comes from `source`.
 
     Raises:
         InputError: an unknown key (with the nearest known one), a wrong type or value.
         MachineError: pydantic is missing.
     """
+    sources = sources or {}
     known = [f.name for f in dataclasses.fields(TrainConfig)]
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"{source}: unknown key {key!r}{hint}")
+            raise InputError(f"{sources.get(key, source)}: unknown key {key!r}{hint}")
     try:
         from pydantic import TypeAdapter, ValidationError
     except ImportError as error:
@@ -293,57 +348,82 @@ def make_config(values: dict[str, Any], *, source: str = "config") -> TrainConfi
         return TypeAdapter(TrainConfig).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "config"
+        if first["type"] == "value_error":  # __post_init__'s own line; input is every setting
+            raise InputError(str(first["ctx"]["error"])) from error
+        where = sources.get(str(first["loc"][0]), source)
         raise InputError(
-            f"{source}: {where}: {first['msg'].removeprefix('Value error, ')}; got "
-            f"{first['input']!r}"
+            f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}; got {first['input']!r}"
         ) from error
 
 
 def load_config(
     path: Path | None, overrides: Sequence[str], *, preset: str | None = None
 ) -> TrainConfig:
-    """A config from a preset, then a YAML file, then `key=value` words (values are YAML).
+    """A config from a preset, then a YAML file, then `key=value` words.
+
+    A word's value is text as it stands where the setting is a text, else YAML.
 
     Raises:
         InputError: a file that is missing or no YAML mapping, a word without `=`, or as
             make_config.
     """
-    import yaml
-
     values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
     if preset is not None:
         if preset not in PRESETS:
             raise InputError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
         values |= PRESETS[preset]
     if path is not None:
-        try:
-            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise InputError(f"{path}: no such config file") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(loaded, dict | None):
-            raise InputError(f"{path}: must hold `key: value` lines; got {type(loaded).__name__}")
-        make_config(loaded or {}, source=str(path))
-        values |= loaded or {}
+        loaded = _read_yaml(path)
+        values |= loaded
+        sources |= dict.fromkeys(loaded, str(path))
     for word in overrides:
-        key, equals, value = word.partition("=")
+        key, equals, text = word.partition("=")
         if not equals:
             raise InputError(f"{word!r} is no setting; write key=value, learning_rate=2e-5, say")
-        values[key] = _yaml_value(value)
-    return make_config(values, source="command line" if overrides else str(path or preset))
+        values[key] = text if key in _TEXTS else _yaml_value(key, text)
+        sources[key] = "command line"
+    return make_config(values, sources=sources)
 
 
-def _yaml_value(text: str) -> Any:
-    """YAML's reading of one value, with 1e-5 a number (YAML 1.1 wants 1.0e-5)."""
-    import yaml
-
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        return (
-            float(text)
-            if "e" in text.lower() and not text.strip().isalpha()
-            else yaml.safe_load(text)
-        )
-    except ValueError:
+        import yaml
+    except ImportError as error:
+        raise MachineError(
+            f"{path}: config files need pyyaml ({error}); run: pip install 'fdfast[train]'"
+        ) from error
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such config file") from error
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        raise InputError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, dict | None):
+        raise InputError(f"{path}: must hold `key: value` lines; got {type(loaded).__name__}")
+    return loaded or {}
+
+
+def _yaml_value(key: str, text: str) -> Any:
+    """YAML's reading of one value, with 1e-5 a number (YAML 1.1 wants 1.0e-5)."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise MachineError(
+            f"settings need pyyaml ({error}); run: pip install 'fdfast[train]'"
+        ) from error
+    with contextlib.suppress(ValueError):
+        if "e" in text.lower():
+            return float(text)
+    try:
         return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date like 2026-13-45
+        reason = " ".join(str(error).split())
+        raise InputError(f"command line: {key}: {text!r} is no YAML: {reason}") from error
+
+
+_TEXTS = frozenset(
+    f.name
+    for f in dataclasses.fields(TrainConfig)
+    if f.type is str or get_origin(f.type) is Literal
+)

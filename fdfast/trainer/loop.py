@@ -5,6 +5,8 @@ Source: Feedback Distillation (2026), arXiv 2605.30861.
 
 import contextlib
 import dataclasses
+import functools
+import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,18 +16,26 @@ import torch
 
 from fdfast.data import base_theorems_path
 from fdfast.data.problems import Problem, proof_text, questions_path, read_problems
-from fdfast.errors import InputError
+from fdfast.errors import InputError, MachineError
 from fdfast.feedback import FeedbackProvider, feedback_provider
 from fdfast.lean import Verdict, verify_many
 from fdfast.losses import FeedbackDistillationLoss
-from fdfast.models import HeadWeights, lm_head, load_model, save_model
+from fdfast.models import HeadWeights, lm_head, load_model
 from fdfast.rollout import HFEngine, SamplingOptions
 from fdfast.teacher import EMATeacher
 from fdfast.topk_head import topk_head
 from fdfast.trainer.batch import Attempt, Prompts, completion_hidden
-from fdfast.trainer.checkpoint import TrainState, checkpoints, restore, save_checkpoint
+from fdfast.trainer.checkpoint import (
+    TrainState,
+    check_settings,
+    checkpoints,
+    restore,
+    save_checkpoint,
+    save_final_model,
+)
 from fdfast.trainer.config import TrainConfig
 from fdfast.trainer.interrupts import sigterm_as_interrupt, uninterrupted
+from fdfast.trainer.master import MasterWeights
 from fdfast.trainer.metrics import Clock, MetricsLog, read_jsonl, records, step_line, summary
 from fdfast.trainer.screen import Screen
 from fdfast.types import TeacherHidden, TeacherTopK
@@ -36,7 +46,7 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train, and return the metrics of every step, as metrics.jsonl has them.
 
-    Ctrl-C leaves a checkpoint of the last finished step and raises KeyboardInterrupt.
+    Whatever ends it early, Ctrl-C (KeyboardInterrupt) or an error, leaves a checkpoint.
 
     Args:
         config: every setting.
@@ -48,11 +58,12 @@ def train(
         MachineError: the machine lacks something: Lean, disk, a package.
     """
     folder = Path(config.output_dir)
-    _check_folder(folder, resume=resume)
+    newest = _check_folder(folder, resume=resume)
+    if newest is not None:
+        check_settings(config, newest)
     provider = feedback_provider(config.feedback, config.feedback_text)
     problems = _problems(config, config.dataset_split)
     held_out = _problems(config, config.eval_split) if config.eval_num_prompts else []
-    newest = checkpoints(folder)[-1] if resume else None
     with (
         Screen(folder.name, total=config.max_steps, quiet=quiet) as screen,
         sigterm_as_interrupt(),
@@ -60,7 +71,10 @@ def train(
     ):
         screen.say(f"{folder}: loading {newest or config.model_name_or_path}")
         state = _initial_state(config, newest)
-        folder.mkdir(parents=True, exist_ok=True)
+        prompts = Prompts(state.tokenizer, config)
+        for problem in [*problems, *held_out]:
+            prompts.student(problem)  # one that is too long is an error now, not hours later
+        _open_folder(folder, newest)
         run = _Run(
             config=config,
             state=state,
@@ -68,22 +82,30 @@ def train(
             held_out=held_out[: config.eval_num_prompts],
             provider=provider,
             engine=HFEngine(state.model, state.tokenizer, batch_size=config.generation_batch_size),
-            prompts=Prompts(state.tokenizer, config),
+            prompts=prompts,
             loss_fn=_loss(config, lm_head(state.model)),
             log=MetricsLog(folder, step=state.step),
             screen=screen,
         )
-        try:
-            _train(run)
-        except KeyboardInterrupt:
-            screen.say(f"interrupted: saving step {state.step}")
-            with uninterrupted():
-                path = save_checkpoint(state, config, folder)
-            screen.say(f"saved {path}; --resume goes on from there")
-            raise
-        if config.save_final_model:
-            save_model(state.model, state.tokenizer, folder / "model")
+        _train_and_save(run)
     return read_jsonl(run.log.metrics)
+
+
+def _train_and_save(run: "_Run") -> None:
+    """The loop, and whatever ends it, Ctrl-C or an error: finished steps are saved."""
+    state, folder, begun_at = run.state, Path(run.config.output_dir), run.state.step
+    complete = False
+    try:
+        _train(run)
+        if run.config.save_final_model:
+            save_final_model(state, folder)
+        complete = True
+    finally:
+        if not complete and not state.changing and state.step > begun_at:
+            run.screen.say(f"stopped: saving step {state.step}")
+            with uninterrupted():
+                path = save_checkpoint(state, run.config, folder)
+            run.screen.say(f"saved {path}; --resume goes on from there")
 
 
 @contextlib.contextmanager
@@ -131,11 +153,11 @@ def _train(run: _Run) -> None:
             attempts = _with_feedback(run, attempts, verdicts)
         with clock("update"):
             metrics = _gradients(run, attempts)
-            with uninterrupted():  # from here to `step += 1` all changes or nothing does
-                metrics |= _update(state, config)
-                state.step += 1
-        metrics |= summary(attempts, verdicts, config.num_generations) | clock.metrics()
-        run.log.write({"step": state.step} | metrics, records(attempts, verdicts, state.step))
+        with uninterrupted():  # from here to the lines on disk all happens or nothing does
+            state.num_tokens += int(metrics["num_tokens"])  # cumulative, as TRL counts
+            metrics |= _update(state, config) | {"num_tokens": state.num_tokens}
+            metrics |= summary(attempts, verdicts, config.num_generations) | clock.metrics()
+            run.log.write({"step": state.step} | metrics, records(attempts, verdicts, state.step))
         run.screen.say(step_line(state.step, metrics, config.max_steps))
         run.screen.at(state.step)
         if config.save_steps and state.step % config.save_steps == 0:
@@ -162,17 +184,38 @@ def _evaluate(run: _Run) -> None:
     run.screen.say("evaluation  " + step_line(step, metrics, run.config.max_steps))
 
 
-def _check_folder(folder: Path, *, resume: bool) -> None:
-    there = checkpoints(folder)
-    if resume and not there:
-        raise InputError(f"{folder}: --resume found no checkpoint there; drop it to begin a run")
-    if not resume and (there or (folder / "metrics.jsonl").exists()):
+def _check_folder(folder: Path, *, resume: bool) -> Path | None:
+    """The checkpoint to resume, or None to begin; nothing is written yet.
+
+    Raises:
+        InputError: the folder can't be written, holds a run, or has nothing to resume.
+    """
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"output_dir {folder}: {there} is no folder that can be written to")
+    rows, saved = read_jsonl(folder / "metrics.jsonl"), checkpoints(folder)
+    if resume and not saved and not rows:
+        raise InputError(f"{folder}: --resume found no run there; drop it to begin one")
+    if not resume and (saved or any(row["step"] > 0 for row in rows)):
         raise InputError(
             f"{folder}: holds a run already; go on with it (--resume), or name another output_dir"
         )
+    return saved[-1] if resume and saved else None
+
+
+def _open_folder(folder: Path, newest: Path | None) -> None:
+    """Make it; of a run that ended before its first checkpoint the lines are kept beside."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics", "attempts"):
+        if newest is None and (folder / f"{name}.jsonl").exists():
+            (folder / f"{name}.jsonl").replace(folder / f"{name}.old.jsonl")
 
 
 def _initial_state(config: TrainConfig, checkpoint: Path | None) -> TrainState:
+    if config.dtype == "float16":
+        raise InputError("dtype=float16 can't be trained without loss scaling; take bfloat16")
     source = config.model_name_or_path if checkpoint is None else checkpoint / "model"
     model, tokenizer = load_model(source, dtype=config.dtype)
     teacher = EMATeacher(model, alpha=config.teacher_ema_alpha, every=config.teacher_ema_every)
@@ -181,14 +224,15 @@ def _initial_state(config: TrainConfig, checkpoint: Path | None) -> TrainState:
         enable = getattr(model, "activation_checkpointing_enable", None)
         enable = enable or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    master = MasterWeights(model)
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        master.master.values(),
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
     )
-    state = TrainState(model, tokenizer, teacher, optimizer)
+    state = TrainState(model, tokenizer, teacher, master, optimizer)
     if checkpoint is not None:
         restore(state, checkpoint)
     return state
@@ -197,7 +241,7 @@ def _initial_state(config: TrainConfig, checkpoint: Path | None) -> TrainState:
 def _problems(config: TrainConfig, split: str) -> list[Problem]:
     packaged = {"base_theorems": base_theorems_path, "questions": questions_path}
     path = packaged[config.dataset]() if config.dataset in packaged else Path(config.dataset)
-    return read_problems(path, task=config.task, split=split or None, names=config.dataset_names)
+    return read_problems(path, task=config.task, split=split or None, names=config.problem_names)
 
 
 def _loss(config: TrainConfig, head: HeadWeights) -> FeedbackDistillationLoss:
@@ -226,10 +270,15 @@ def _choose(problems: Sequence[Problem], config: TrainConfig, step: int) -> list
     chosen = []
     for position in range(step * config.prompts_per_step, (step + 1) * config.prompts_per_step):
         epoch, index = divmod(position, len(problems))
-        order = list(range(len(problems)))
-        random.Random(f"{config.seed}/{epoch}").shuffle(order)
-        chosen.append(problems[order[index]])
+        chosen.append(problems[_order(config.seed, epoch, len(problems))[index]])
     return chosen
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> list[int]:
+    order = list(range(count))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
 
 
 def _roll_out(
@@ -268,8 +317,12 @@ def _with_feedback(
     told = []
     for attempt, verdict in zip(attempts, verdicts, strict=True):
         feedback = run.provider(attempt.problem, proof_text(attempt.completion.text), verdict)
-        ids = run.prompts.teacher(attempt.problem, feedback)
-        told.append(dataclasses.replace(attempt, teacher_prompt_ids=ids, feedback=feedback))
+        ids, clipped = run.prompts.teacher(attempt.problem, feedback)
+        told.append(
+            dataclasses.replace(
+                attempt, teacher_prompt_ids=ids, feedback=feedback, feedback_clipped=clipped
+            )
+        )
     return told
 
 
@@ -337,12 +390,25 @@ def _learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def _update(state: TrainState, config: TrainConfig) -> dict[str, float]:
-    """Clip, step the optimizer, let the teacher follow."""
+    """Clip, step the optimizer, let the teacher follow.
+
+    Raises:
+        MachineError: the gradient is not finite; nothing was changed.
+    """
     rate = _learning_rate(config, state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     limit = config.max_grad_norm or float("inf")
-    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), limit)
+    norm = torch.nn.utils.clip_grad_norm_(state.master.take_gradients(), limit)
+    if not torch.isfinite(norm):
+        raise MachineError(
+            f"step {state.step + 1}: the gradient's norm is {float(norm)}; lower learning_rate, or "
+            "look at attempts.jsonl for what it was trained on"
+        )
+    state.changing = True
     state.optimizer.step()
-    followed = state.teacher.step(state.model, state.step + 1)
+    state.master.write_back()
+    state.step += 1
+    followed = state.teacher.step(state.master.master, state.step)
+    state.changing = False
     return {"grad_norm": float(norm), "learning_rate": rate, "teacher/updated": float(followed)}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fdfast.errors import InputError
 from fdfast.files import atomic_file
 from fdfast.lean import Verdict
 from fdfast.trainer.batch import Attempt
@@ -27,7 +28,7 @@ class MetricsLog:
         for path in (self.metrics, self.attempts):
             rows = [row for row in read_jsonl(path) if row["step"] <= step]
             with atomic_file(path) as temporary:
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                temporary.write_text("".join(_line(row) for row in rows), encoding="utf-8")
         self.evaluated = {r["step"] for r in read_jsonl(self.metrics) if "eval_loss" in r}
 
     def write_evaluation(
@@ -42,17 +43,29 @@ class MetricsLog:
         """Add one step's metrics and attempts; each line is on disk when this returns."""
         for path, rows in ((self.metrics, [metrics]), (self.attempts, attempts)):
             with path.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                file.write("".join(_line(row) for row in rows))
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a file that `MetricsLog` wrote; a last line cut off by a crash is left out."""
+    """The records of a file that `MetricsLog` wrote; a last line cut off by a crash is left out.
+
+    Raises:
+        InputError: a line in the middle is torn.
+    """
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
+    # Not splitlines(): a model may write U+2028, which it takes for the end of a line.
+    *lines, _cut = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
             rows.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: is not JSON ({error}); remove the line") from error
     return rows
 
 
@@ -78,6 +91,7 @@ def summary(
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": sum(a.completion.truncated for a in attempts) / len(attempts),
+        "feedback/clipped_ratio": sum(a.feedback_clipped for a in attempts) / len(attempts),
     }
     known = [v for v in verdicts if v is not None]
     if known:
