@@ -33,6 +33,14 @@ void bind(py::module_& m, const char* suffix) {
       },
       no_gil);
   m.def(
+      name("head_divergence_").c_str(),
+      [](uintptr_t student, uintptr_t teacher, int64_t R, int64_t V, const HeadMath& math, int threads, uintptr_t norm,
+         uintptr_t teacher_norm, uintptr_t divergence, uintptr_t center) {
+        head_divergence(at<const T>(student), at<const T>(teacher), R, V, math, threads, at<const RowNorm>(norm),
+                        at<const RowNorm>(teacher_norm), at<double>(divergence), at<double>(center));
+      },
+      no_gil);
+  m.def(
       name("row_norms_").c_str(),
       [](uintptr_t z, int64_t R, int64_t V, int threads, uintptr_t norm) {
         row_norms(at<const T>(z), R, V, threads, at<RowNorm>(norm));

@@ -84,6 +84,15 @@ void head_stats(T* student, T* teacher, int64_t R, int64_t V, const int64_t* tar
 }
 
 template <typename T>
+void head_divergence(const T* student, const T* teacher, int64_t R, int64_t V, const HeadMath& math, int threads,
+                     const RowNorm* norm, const RowNorm* teacher_norm, double* divergence, double* center) {
+  for_rows(R, threads, [&](int64_t r) {
+    loops<T>().divergence(student + r * V, teacher + r * V, V, norm[r], teacher_norm[r], math, &divergence[r],
+                          &center[r]);
+  });
+}
+
+template <typename T>
 void row_norms(const T* z, int64_t R, int64_t V, int threads, RowNorm* norm) {
   for_rows(R, threads, [&](int64_t r) { norm[r] = loops<T>().norm(z + r * V, V, nullptr); });
 }
@@ -145,6 +154,8 @@ void row_thresholds(const T* x, int64_t R, int64_t V, double share, int threads,
 #define FDFAST_INSTANTIATE(T)                                                                                          \
   template void head_stats<T>(T*, T*, int64_t, int64_t, const int64_t*, const HeadMath&, int, RowNorm*, RowNorm*,      \
                               double*, double*, double*, double*, int64_t*);                                           \
+  template void head_divergence<T>(const T*, const T*, int64_t, int64_t, const HeadMath&, int, const RowNorm*,          \
+                                   const RowNorm*, double*, double*);                                                  \
   template void row_norms<T>(const T*, int64_t, int64_t, int, RowNorm*);                                               \
   template void head_grads<T>(T*, T*, int64_t, int64_t, int64_t, bool, const HeadMath&, int, const RowNorm*,           \
                               const RowNorm*,                                                                          \

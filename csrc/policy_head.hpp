@@ -36,6 +36,12 @@ void head_stats(T* student, T* teacher, int64_t R, int64_t V, const int64_t* tar
                 RowNorm* norm, RowNorm* teacher_norm, double* logprob, double* entropy, double* divergence,
                 double* center, int64_t* argmax);
 
+// The divergence's part of `head_stats` on z, under given norms: where the vocabulary is cut, those of all of it. Then
+// `divergence` and `center` are this part's terms of two sums.
+template <typename T>
+void head_divergence(const T* student, const T* teacher, int64_t R, int64_t V, const HeadMath& math, int threads,
+                     const RowNorm* norm, const RowNorm* teacher_norm, double* divergence, double* center);
+
 // log-sum-exp of R rows of V tempered logits; a row of nothing but -inf gives {-inf, 0}.
 template <typename T>
 void row_norms(const T* z, int64_t R, int64_t V, int threads, RowNorm* norm);

@@ -17,6 +17,7 @@ from fdfast import reference
 from fdfast.checks import check_head, check_ids, check_positive
 from fdfast.dispatch import backend_for
 from fdfast.divergences import TABLE, TAILS
+from fdfast.policy_head_group import VocabularySlice
 from fdfast.types import Head, HeadOptions, PolicyHead, TeacherHidden, TeacherTopK
 
 DEFAULT_WORKSPACE_MB = 64.0
@@ -83,6 +84,7 @@ def policy_head(
     grad_filter: float | None = None,
     workspace_mb: float = DEFAULT_WORKSPACE_MB,
     backend: str = "auto",
+    group: Any = None,
 ) -> PolicyHead:
     """Log-probabilities, entropy and divergence to a teacher of every token, from hidden states.
 
@@ -111,6 +113,10 @@ def policy_head(
         workspace_mb: MiB of memory beside inputs, gradients and N-sized outputs (backends but
             `reference`).
         backend: auto, cpu, triton, reference.
+        group: a torch.distributed.ProcessGroup over which the vocabulary is cut (backend cpu), or
+            None. Ranks hold consecutive slices in rank order, of any size: weight, bias and the
+            teacher's weight and bias are this rank's. All else is the same on every rank, ids are
+            global, and the loss is too: hidden's gradient is summed over the ranks.
 
     Returns:
         PolicyHead, each field of shape (...).
@@ -136,6 +142,7 @@ def policy_head(
         grad_filter=grad_filter,
         workspace_mb=workspace_mb,
         backend=backend,
+        group=group,
     )
     with torch.autocast(hidden.device.type, enabled=False):
         if prepared.module is None:
@@ -204,6 +211,7 @@ def prepare(
     grad_filter: float | None,
     workspace_mb: float,
     backend: str,
+    group: Any,
 ) -> Prepared:
     """Check and flatten the arguments of `policy_head`, which says what they are."""
     options = _options(
@@ -220,22 +228,41 @@ def prepare(
     hidden_MD = hidden.reshape(-1, hidden.shape[-1])
     rows_N = None if mask is None else mask.reshape(-1).to(torch.bool).nonzero().squeeze(1)
     targets_N = _trained(targets.reshape(-1), rows_N).contiguous()
-    check_ids(operation, "targets", targets_N, len(weight))
-    flat_teacher = _flat_teacher(teacher, shape, rows_N, len(weight))
-    if isinstance(flat_teacher, TeacherTopK) and flat_teacher.ids.shape[-1] == len(weight):
+    dtype = reference.statistics_dtype(hidden, weight)
+    module = backend_for("policy_head", hidden, backend, dtype)
+    V = len(weight)
+    if group is not None:
+        _check_group(operation, hidden, backend, grad_filter)
+        ranks = VocabularySlice.find(operation, group, V, len(hidden_MD), len(targets_N))
+        options, V = replace(options, vocabulary_slice=ranks), ranks.vocabulary
+    check_ids(operation, "targets", targets_N, V)
+    flat_teacher = _flat_teacher(teacher, shape, rows_N, len(weight), V)
+    if isinstance(flat_teacher, TeacherTopK) and flat_teacher.ids.shape[-1] == V:
         # Nothing is left for a bucket: the rounding of the teacher's mass would become its tail.
         options = replace(options, tail="truncate") if tail == "bucket" else options
-    dtype = reference.statistics_dtype(hidden, weight)
     return Prepared(
         student=Head(hidden_MD, weight, bias),
         targets_N=targets_N,
         rows_N=rows_N,
         teacher=flat_teacher,
         options=options,
-        module=backend_for("policy_head", hidden, backend, dtype),
+        module=module,
         shape=shape,
         dropped_M=hidden.new_zeros(len(hidden_MD), dtype=dtype),
     )
+
+
+def _check_group(operation: str, hidden: Tensor, backend: str, grad_filter: float | None) -> None:
+    if hidden.device.type != "cpu" or backend not in ("auto", "cpu"):
+        raise ValueError(
+            f"{operation}: group wants backend='cpu' and tensors on the CPU; got {backend!r} on "
+            f"{hidden.device}"
+        )
+    if grad_filter is not None:
+        raise ValueError(
+            f"{operation}: grad_filter with group is not supported yet; got {grad_filter}; take "
+            "None"
+        )
 
 
 def _options(
@@ -282,26 +309,34 @@ def _options(
 
 
 def _flat_teacher(
-    teacher: TeacherHidden | TeacherTopK | None, shape: torch.Size, rows_N: Tensor | None, V: int
+    teacher: TeacherHidden | TeacherTopK | None,
+    shape: torch.Size,
+    rows_N: Tensor | None,
+    V: int,
+    num_ids: int,
 ) -> Head | TeacherTopK | None:
     """The teacher over flat tokens, detached: all M rows of hidden states, but only the trained
-    rows of a top-k.
+    rows of a top-k. Its head has V rows, its ids are below num_ids (more than V with a group).
     """
     if teacher is None:
         return None
     if isinstance(teacher, TeacherTopK):
         ids, logprobs = teacher.ids.detach(), teacher.logprobs.detach()
-        if ids.shape != logprobs.shape or ids.shape[:-1] != shape or not 1 <= ids.shape[-1] <= V:
+        if (
+            ids.shape != logprobs.shape
+            or ids.shape[:-1] != shape
+            or not 1 <= ids.shape[-1] <= num_ids
+        ):
             raise ValueError(
                 f"policy_head: teacher.ids and teacher.logprobs must have shape {(*shape, 'K')} "
-                f"with 1 <= K <= {V}; "
+                f"with 1 <= K <= {num_ids}; "
                 f"got {tuple(ids.shape)} and {tuple(logprobs.shape)}"
             )
         if not logprobs.is_floating_point():
             raise TypeError(f"policy_head: teacher.logprobs must be floating; got {logprobs.dtype}")
         K = ids.shape[-1]
         ids_NK = _trained(ids.reshape(-1, K), rows_N).contiguous()
-        check_ids("policy_head", "teacher.ids", ids_NK, V)
+        check_ids("policy_head", "teacher.ids", ids_NK, num_ids)
         ordered_NK = ids_NK.sort(-1).values
         if ids.device.type == "cpu" and (ordered_NK[:, 1:] == ordered_NK[:, :-1]).any():
             raise ValueError(

@@ -84,13 +84,14 @@ def policy_head_loss(
     grad_filter: float | None = None,
     workspace_mb: float = DEFAULT_WORKSPACE_MB,
     backend: str = "auto",
+    group: Any = None,
 ) -> tuple[Tensor, PolicyHead]:
     """The sum over trained tokens of `token_loss`, differentiable in hidden, weight and bias.
 
     Its gradients are computed here, in the forward pass, and scaled in the backward pass. Where a
     backend can't (a weight narrower than float32 that is trained would want a float32 copy of
-    itself; the reference; no gradient wanted), it is `policy_head` with the loss after it: the same
-    value and gradients, at that op's cost.
+    itself; the reference; a group; no gradient wanted), it is `policy_head` with the loss after it:
+    the same value and gradients, at that op's cost.
 
     Args:
         hidden: (..., D) floating; differentiable.
@@ -111,6 +112,7 @@ def policy_head_loss(
         grad_filter: likewise; dropped_mass is known at once.
         workspace_mb: likewise.
         backend: likewise.
+        group: likewise.
 
     Returns:
         The loss, a scalar, and PolicyHead without gradient.
@@ -132,8 +134,9 @@ def policy_head_loss(
         "grad_filter": grad_filter,
         "workspace_mb": workspace_mb,
         "backend": backend,
+        "group": group,
     }
-    prepared = prepare("policy_head_loss", hidden, weight, targets, **options)  # type: ignore[arg-type]
+    prepared = prepare("policy_head_loss", hidden, weight, targets, **options)
     if not _can_chunk(prepared):
         head: PolicyHead = policy_head(hidden, weight, targets, **options)
         return _loss_after(head, prepared, token_loss), PolicyHead(*(x.detach() for x in head))
@@ -147,6 +150,8 @@ def policy_head_loss(
 def _can_chunk(prepared: Prepared) -> bool:
     hidden, weight, bias = prepared.student
     needs = tuple(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    if prepared.options.vocabulary_slice is not None:
+        return False
     if prepared.module is None or not any(needs) or not torch.is_grad_enabled():
         return False
     return bool(prepared.module.can_chunk(prepared.student, needs))

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fdfast.policy_head_group import VocabularySlice
+
 
 @dataclass(frozen=True)
 class TeacherHidden:
@@ -89,6 +91,7 @@ class HeadOptions:
     tail: str = "truncate"
     grad_filter: float | None = None
     workspace_bytes: int = 64 << 20
+    vocabulary_slice: VocabularySlice | None = None
 
 
 class Head(NamedTuple):

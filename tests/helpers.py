@@ -238,9 +238,13 @@ def floor_of(dtype: torch.dtype) -> float:
     return (64 if dtype == F64 else 32) * torch.finfo(widest(dtype)).eps
 
 
-def assert_right(case: Case, backend: str, **options: Any) -> dict[str, Tensor]:
-    """`run` on the backend, held against the reference in float64, every output and gradient."""
-    ours = run(case, backend, **options)
+def assert_right(
+    case: Case, backend: str, *, ours: dict[str, Tensor] | None = None, **options: Any
+) -> dict[str, Tensor]:
+    """`run` on the backend (or `ours`, from elsewhere), held against the reference in float64,
+    every output and gradient.
+    """
+    ours = run(case, backend, **options) if ours is None else ours
     same_dtype = run(case, "reference", **options)
     truth = run(case.double(), "reference", **options)
     assert ours.keys() == truth.keys()

@@ -5,7 +5,7 @@ Legend: N trained tokens, D hidden, V vocabulary, R tokens of a chunk, B vocabul
 block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -99,7 +99,9 @@ class RowBlocks:
         dtype: torch.dtype,
         workspace_bytes: int,
         operation: str = "policy_head",
+        agree: Callable[[int], int] = int,
     ) -> None:
+        """`agree`: from the tokens of a chunk that fit here to those that all ranks take."""
         self.teacher = teacher
         self.heads = [student] if teacher is None else [student, teacher]
         self.rows_N, self.dtype = rows_N, dtype
@@ -111,7 +113,7 @@ class RowBlocks:
             self.columns = max(1, min(self.vocabulary, workspace_bytes // 4 // wide))
         row_bytes = sum(self.vocabulary + h.weight_VD.shape[1] for h in self.heads) * dtype.itemsize
         left = workspace_bytes - wide * self.columns
-        self.tokens = min(MAX_CHUNK_TOKENS, self.num_tokens, left // row_bytes)
+        self.tokens = agree(min(MAX_CHUNK_TOKENS, self.num_tokens, left // row_bytes))
         if self.tokens < 1 and self.num_tokens:
             raise too_small(operation, workspace_bytes, 2 * row_bytes + 4 * wide)
         shape = (max(1, self.tokens) * self.vocabulary,)

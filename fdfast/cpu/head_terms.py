@@ -149,10 +149,10 @@ def fill_statistics(
         student_RV.scatter_(1, teacher.ids, NEG_INF)
         call("row_norms", student_RV.dtype, student_RV, *student_RV.shape, threads, tail_norm_R2)
         student_RV.scatter_(1, teacher.ids, z_RK)
-    _fill_topk(stats, z_RK.double(), tail_norm_R2, teacher, options)
+    fill_topk(stats, z_RK.double(), tail_norm_R2, teacher, options)
 
 
-def _fill_topk(
+def fill_topk(
     stats: HeadStats,
     z_NK: Tensor,
     tail_norm_N2: Tensor,

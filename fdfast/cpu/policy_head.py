@@ -33,6 +33,7 @@ from fdfast.cpu.head_terms import (
     fill_statistics,
     filter_threshold,
 )
+from fdfast.cpu.policy_head_group import fill_sliced_statistics
 from fdfast.reference import statistics_dtype
 from fdfast.types import Head, HeadOptions, TeacherTopK
 
@@ -71,13 +72,12 @@ def policy_head_fwd(
         copies=_filter_copies(options),
     )
     stats = HeadStats.empty(len(targets_N), teacher)
+    fill = fill_statistics if options.vocabulary_slice is None else fill_sliced_statistics
     with fast_gemms(_scratch_bytes(student, options)):
         for rows in blocks.chunks():
             student_RV, teacher_RV = blocks.project(rows)
             topk = _topk_rows(teacher, rows)
-            fill_statistics(
-                stats.rows(rows), student_RV, teacher_RV, targets_N[rows], topk, options
-            )
+            fill(stats.rows(rows), student_RV, teacher_RV, targets_N[rows], topk, options)
     return _fields(stats, teacher, blocks.dtype), stats
 
 
@@ -108,6 +108,8 @@ def policy_head_bwd(
     sums = _GradSums(student, needs, rows_N)
     threshold_N = total_N = kept_N = torch.zeros(len(targets_N), dtype=torch.float64)
     filtered = options.grad_filter is not None
+    ranks = options.vocabulary_slice
+    first = 0 if ranks is None else ranks.first  # targets and top-k ids are global
     with fast_gemms(_scratch_bytes(student, options)):
         if filtered:
             threshold_N, total_N = _filter_thresholds(terms, student, teacher, options, rows_N)
@@ -125,7 +127,7 @@ def policy_head_bwd(
             for rows in blocks.chunks():
                 hidden_RD = hidden_rows(student, rows_N, rows, sums.dtype)
                 dlogits_RB, teacher_RB = blocks.project(rows, hidden_RD, heads)
-                terms.apply(dlogits_RB, teacher_RB, rows, first=block.start)
+                terms.apply(dlogits_RB, teacher_RB, rows, first=first + block.start)
                 columns = None
                 if filtered:
                     columns, kept_R = _active_columns(dlogits_RB, threshold_N[rows])
@@ -134,6 +136,8 @@ def policy_head_bwd(
                 sums.add_bias(dlogits_RB, block)
             sums.finish(block, sum_BD)
             del heads, sum_BD  # before the next block's are made
+    if ranks is not None and sums.hidden_MD is not None:
+        ranks.add_up(sums.hidden_MD)
     return *sums.results(), _dropped(kept_N, total_N, sums.dtype)
 
 
@@ -213,12 +217,14 @@ def _row_blocks(
     options: HeadOptions,
     rows_N: Tensor | None,
 ) -> RowBlocks:
+    ranks = options.vocabulary_slice
     return RowBlocks(
         student,
         teacher if isinstance(teacher, Head) else None,
         rows_N,
         dtype=statistics_dtype(student.hidden_ND, student.weight_VD),
         workspace_bytes=_logits_bytes(student, options),
+        agree=int if ranks is None else ranks.least,
     )
 
 
