@@ -25,17 +25,24 @@ SLICED = ("dweight", "dbias")
 
 
 @functools.cache
-def _all_ranks() -> list[dict[int, dict[str, Any]]]:
-    """What each of four ranks saw, by size of the group."""
+def _run_ranks() -> tuple[str, list[dict[int, dict[str, Any]]]]:
+    """What went wrong, and what each of four ranks saw, by size of the group; run once, even if it
+    fails.
+    """
     repository = Path(__file__).parents[1]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository)}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "tests.group_rank", folder]
-        done = subprocess.run(
-            command, check=False, env=environment, timeout=240, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        return [torch.load(Path(folder, f"rank{rank}.pt")) for rank in range(4)]
+        command = ["timeout", "240", sys.executable, "-m", "tests.group_rank", folder]
+        done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            return f"exit status {done.returncode}: {done.stderr}", []
+        return "", [torch.load(Path(folder, f"rank{rank}.pt")) for rank in range(4)]
+
+
+def _all_ranks() -> list[dict[int, dict[str, Any]]]:
+    wrong, seen = _run_ranks()
+    assert not wrong, wrong
+    return seen
 
 
 def ranks(world: int) -> list[dict[str, Any]]:
