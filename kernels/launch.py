@@ -4,6 +4,7 @@ Legend: M tokens, N trained tokens, D hidden, V vocabulary.
 """
 
 import contextlib
+import math
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def head_arguments(head: Head | None, tile: Tile, *, teacher: bool) -> dict[str,
     return {
         f"{t}x_ptr": hidden,
         f"{t}w_ptr": weight,
-        f"{t}b_ptr": bias,
+        f"{t}b_ptr": None if bias is None else bias.contiguous(),  # the kernels take no stride
         f"{t.upper()}D": D,
         **dict(zip(names, strides, strict=True)),
         f"HAS_{which}BIAS": bias is not None,
@@ -161,7 +162,8 @@ def token_chunk(N: int, token_bytes: int, workspace_bytes: int, block_n: int) ->
 
 def too_small(workspace_bytes: int, wanted_bytes: int) -> InputError:
     """The error of a workspace in which not even one block of tokens fits."""
+    enough_mb = math.ceil((wanted_bytes + 1) / 2**20 * 1000) / 1000  # rounded up, so that it is
     return InputError(
-        f"policy_head: workspace_mb={workspace_bytes / 2**20:g} holds not even one block of tokens "
-        f"of this vocabulary; give workspace_mb={wanted_bytes / 2**20:.2g} or more"
+        f"policy_head: workspace_mb={workspace_bytes / 2**20:.3g} holds not even one block of "
+        f"tokens of this vocabulary; give workspace_mb={enough_mb:g} or more"
     )

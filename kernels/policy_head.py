@@ -216,6 +216,7 @@ def _settle(
         N=R,
         num_splits=num_splits,
         alpha=options.alpha,
+        rest=1.0 - options.alpha,
         IS_JSD=options.divergence == "jsd",
         SPLIT_V=tile.split_v,
         **launch.only(

@@ -101,6 +101,7 @@ def _token_rows(
     if out_dtype == torch.float16:
         bound_N = g_logprobs_N.abs() + g_entropy_N.abs() * (1.0 + stats.entropy_N)
         bound_N += g_divergence_N.abs() * (2.0 + stats.center_N.abs())
+        bound_N = bound_N.where(bound_N.isfinite(), 0.0)  # such a row spoils no other's scale
         largest = bound_N.amax().clamp(min=1e-30) / min(options.temperature, 1.0)
         scale = torch.exp2(torch.floor(torch.log2(FLOAT16_BOUND / largest)))
     ids_NK = draw_NK = None
@@ -149,6 +150,7 @@ def _write_dlogits(
         B=B,
         stride_on=out_RB.stride(0),
         alpha=options.alpha,
+        rest=1.0 - options.alpha,
         HAS_TEACHER=teacher is not None,
         KIND=TABLE[options.divergence].code,
         **launch.only(

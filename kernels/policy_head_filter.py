@@ -78,8 +78,8 @@ def _active_kernel(
         mask_rb = mask_r[:, None] & (offs_b < B)[None, :]
         size_rb = tl.abs(tl.load(dlogits_ptr + at_rb, mask=mask_rb, other=0.0).to(tl.float32))
         threshold_r = tl.load(threshold_ptr + r + offs_r, mask=mask_r, other=1.0)
-        hit_rb = (size_rb >= threshold_r[:, None]) & (size_rb > 0.0)
-        found_rb = found_rb | hit_rb.to(tl.int32)
+        idle_rb = (size_rb < threshold_r[:, None]) | (size_rb == 0.0)  # NaN is worth a GEMM
+        found_rb = found_rb | tl.where(idle_rb, 0, 1)
     tl.store(active_ptr + offs_b, tl.max(found_rb, 0).to(tl.int8), mask=offs_b < B)
 
 

@@ -9,11 +9,12 @@ import triton.language as tl
 from fdfast.kernels.policy_head_settle import log_prob, log_ratio
 from fdfast.kernels.tile_math import (
     NEAR,
+    clamp,
     dz_draw,
-    expm1,
-    log1p,
+    log_mixture,
     logits_tile,
     phi_near,
+    skew_slope,
     tempered_part,
     tile_of,
     wide,
@@ -25,7 +26,7 @@ JSD = tl.constexpr(2)
 
 
 @triton.jit
-def divergence_grad(p_nv, p_t_nv, d_nv, center_n, alpha, KIND: tl.constexpr):
+def divergence_grad(p_nv, p_t_nv, d_nv, center_n, alpha, rest, KIND: tl.constexpr):
     """d(divergence)/dz of every outcome."""
     if KIND == FORWARD_KL:
         near_nv = -p_nv * (d_nv + phi_near(d_nv))
@@ -33,13 +34,13 @@ def divergence_grad(p_nv, p_t_nv, d_nv, center_n, alpha, KIND: tl.constexpr):
     elif KIND == REVERSE_KL:
         grad_nv = tl.where(p_nv == 0.0, 0.0, p_nv * (-d_nv - center_n[:, None]))
     else:
-        y_nv = expm1(tl.minimum(tl.maximum(d_nv, -80.0), 80.0))
+        d_nv = clamp(d_nv, -80.0, 80.0)
         if KIND == JSD:
-            l_nv = -log1p(alpha * y_nv)
-            grad_nv = (1.0 - alpha) * p_nv * (l_nv - center_n[:, None])
+            l_nv = -log_mixture(d_nv, alpha, rest)
+            grad_nv = rest * p_nv * (l_nv - center_n[:, None])
         else:
-            l_nv = (1.0 - alpha) * y_nv / (1.0 + alpha * y_nv)
-            grad_nv = (1.0 - alpha) * p_nv * (center_n[:, None] - l_nv)
+            l_nv = skew_slope(d_nv, alpha, rest)
+            grad_nv = rest * p_nv * (center_n[:, None] - l_nv)
     return grad_nv
 
 
@@ -74,6 +75,7 @@ def _dlogits_kernel(
     inv_temperature,
     teacher_inv_temperature,
     alpha,
+    rest,  # 1 - alpha, which float32 would round
     HAS_ROWS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_TEACHER: tl.constexpr,
@@ -172,7 +174,7 @@ def _dlogits_kernel(
             p_t_nv = tl.exp(log_prob(t_nv, at, N, 2))
             d_nv = log_ratio(s_nv, t_nv, at, N)
             center_n = tl.load(at + 6 * plane)
-            toward_nv = divergence_grad(p_nv, p_t_nv, d_nv, center_n, alpha, KIND)
+            toward_nv = divergence_grad(p_nv, p_t_nv, d_nv, center_n, alpha, rest, KIND)
             dz_nv += tl.load(at + 9 * plane)[:, None] * toward_nv
         hit_nv = offs_b[None, :] == target_n[:, None]
         dz_nv += tl.where(hit_nv, tl.load(at + 10 * plane)[:, None], 0.0)

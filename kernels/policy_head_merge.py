@@ -114,7 +114,7 @@ def _merge_kernel(
         )
     log_sum_n = tl.log(sum_n)
     z_target_n = tl.load(z_target_ptr + at_n).to(tl.float64)
-    logprob_n = tl.where(z_target_n > 0.5 * NEG, (z_target_n - top_n) - log_sum_n, float("-inf"))
+    logprob_n = tl.where(z_target_n <= 0.5 * NEG, float("-inf"), (z_target_n - top_n) - log_sum_n)
     tl.store(out, top_n, mask=mask_n)
     tl.store(out + row, log_sum_n, mask=mask_n)
     tl.store(out + 2 * row, logprob_n, mask=mask_n)
@@ -135,7 +135,7 @@ def _merge_kernel(
         near_n = tl.where(u_n == 1.0, y_n, tl.log(u_n) * (y_n / lost_n))  # log(1 + y)
         # The two agree up to rounding unless the sum of phi was clipped.
         use_near_n = tl.abs(near_n - far_n) <= 1e-5 + 1e-6 * tl.abs(mean_n)
-        kl_n = tl.where(use_near_n, near_n, tl.maximum(far_n, 0.0))
+        kl_n = tl.where(use_near_n, near_n, tl.where(far_n < 0.0, 0.0, far_n))
         kl_n = tl.where(kl_n > 1e20, float("inf"), kl_n)
         difference_n = tl.where(use_near_n, sign * (mean_n + near_n), difference_n)
         tl.store(out + 4 * row, t_top_n, mask=mask_n)

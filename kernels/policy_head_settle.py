@@ -8,10 +8,11 @@ import triton
 import triton.language as tl
 
 from fdfast.kernels.tile_math import (
-    expm1,
+    clamp,
     kl_term,
-    log1p,
+    log_mixture,
     logits_tile,
+    skew_slope,
     tempered_part,
     tile_of,
     wide,
@@ -41,18 +42,16 @@ def log_prob(z_nv, row_ptr, N, FIRST: tl.constexpr):
 
 
 @triton.jit
-def _settled_terms(p_nv, p_t_nv, d_nv, alpha, IS_JSD: tl.constexpr):
+def _settled_terms(p_nv, p_t_nv, d_nv, alpha, rest, IS_JSD: tl.constexpr):
     """What every outcome adds to the divergence, and to the center of its gradient."""
-    p_m_nv = alpha * p_t_nv + (1.0 - alpha) * p_nv
-    # Beyond e^80 the mixture is one of the two to every digit.
-    y_nv = expm1(tl.minimum(tl.maximum(-d_nv, -80.0), 80.0))
-    value_nv = kl_term(p_t_nv, p_m_nv, log1p((1.0 - alpha) * y_nv))
-    y_nv = expm1(tl.minimum(tl.maximum(d_nv, -80.0), 80.0))
+    p_m_nv = alpha * p_t_nv + rest * p_nv
+    d_nv = clamp(d_nv, -80.0, 80.0)  # beyond, the mixture is one of the two to every digit
+    value_nv = kl_term(p_t_nv, p_m_nv, log_mixture(-d_nv, rest, alpha))
     if IS_JSD:
-        center_nv = kl_term(p_nv, p_m_nv, log1p(alpha * y_nv))
-        value_nv = alpha * value_nv + (1.0 - alpha) * center_nv
+        center_nv = kl_term(p_nv, p_m_nv, log_mixture(d_nv, alpha, rest))
+        value_nv = alpha * value_nv + rest * center_nv
     else:
-        center_nv = p_nv * ((1.0 - alpha) * y_nv / (1.0 + alpha * y_nv))
+        center_nv = p_nv * skew_slope(d_nv, alpha, rest)
     return value_nv, center_nv
 
 
@@ -84,6 +83,7 @@ def _settle_kernel(
     inv_temperature,
     teacher_inv_temperature,
     alpha,
+    rest,  # 1 - alpha, which float32 would round
     HAS_ROWS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_TEACHER_BIAS: tl.constexpr,
@@ -173,7 +173,7 @@ def _settle_kernel(
             d_nv = log_ratio(s_nv, t_nv, row_ptr + safe_n, N)
             p_nv = tl.where(inside_v, tl.exp(log_prob(s_nv, row_ptr + safe_n, N, 0)), 0.0)
             p_t_nv = tl.where(inside_v, tl.exp(log_prob(t_nv, row_ptr + safe_n, N, 2)), 0.0)
-            value_nv, center_nv = _settled_terms(p_nv, p_t_nv, d_nv, alpha, IS_JSD)
+            value_nv, center_nv = _settled_terms(p_nv, p_t_nv, d_nv, alpha, rest, IS_JSD)
             value_n += tl.sum(value_nv, 1)
             center_n += tl.sum(center_nv, 1)
     at = part_ptr + wide(pid_s) * N + safe_n

@@ -22,6 +22,13 @@ def wide(x):
 
 
 @triton.jit
+def clamp(x, low, high):
+    """x within [low, high], and NaN where x is: a plain tl.minimum gives the other number."""
+    x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def phi_near(x):
     """e^x - 1 - x for |x| < 0.5 by its series, to one rounding."""
     y = 1.0 / 5040 + x * (1.0 / 40320)
@@ -39,8 +46,12 @@ def expm1(x):
 
 
 @triton.jit
-def log1p(y):
-    """log(1 + y) for y > -1: near zero 2 atanh(y / (2 + y)) by its series."""
+def log_mixture(x, share, rest):
+    """log(rest + share e^x) for share + rest = 1 and |x| <= 80: near zero 2 atanh(y / (2 + y)) by
+    its series, y = share (e^x - 1); else the sum of two positive terms, so a small rest keeps its
+    digits.
+    """
+    y = share * expm1(x)
     z = y / (2.0 + y)
     q = z * z
     near = 1.0 / 11 + q * (1.0 / 13)
@@ -49,7 +60,15 @@ def log1p(y):
     near = 1.0 / 5 + q * near
     near = 1.0 / 3 + q * near
     near = 2.0 * z * (1.0 + q * near)
-    return tl.where(tl.abs(y) < NEAR, near, tl.log(1.0 + y))
+    return tl.where(tl.abs(y) < NEAR, near, tl.log(rest + share * tl.exp(x)))
+
+
+@triton.jit
+def skew_slope(d, alpha, rest):
+    """rest (e^d - 1) / (rest + alpha e^d) for alpha + rest = 1 and |d| <= 80: how skew_kl falls as
+    a token of the student becomes more likely.
+    """
+    return rest * expm1(d) / (rest + alpha * tl.exp(d))
 
 
 @triton.jit
@@ -63,13 +82,13 @@ def kl_term(p_a, p_b, x):
 
 @triton.jit
 def tempered(raw, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
-    """softcap * tanh(raw / softcap) / temperature, never below NEG."""
+    """softcap * tanh(raw / softcap) / temperature, never below NEG; NaN stays NaN."""
     if HAS_SOFTCAP:
         y = raw / softcap
-        e = expm1(tl.minimum(tl.abs(y), 20.0) * 2.0)
+        e = expm1(clamp(tl.abs(y), 0.0, 20.0) * 2.0)
         magnitude = softcap * (e / (e + 2.0))
         raw = tl.where(raw < 0.0, -magnitude, magnitude)
-    return tl.maximum(raw * inv_temperature, NEG)
+    return tl.maximum(raw * inv_temperature, NEG, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fdfast.kernels import launch
-from fdfast.kernels.tile_math import expm1
+from fdfast.kernels.tile_math import clamp, expm1
 
 CLIPPED = tl.constexpr(0)
 CISPO = tl.constexpr(1)
@@ -50,7 +50,7 @@ def _token_objective_kernel(
     by_ratio_n = tl.zeros((BLOCK_N,), tl.float32)
     by_logprob_n = tl.zeros((BLOCK_N,), tl.float32)
     if FAMILY == CISPO:
-        by_logprob_n = -tl.minimum(ratio_n, epsilon_high) * advantage_n
+        by_logprob_n = -clamp(ratio_n, 0.0, epsilon_high) * advantage_n
         loss_n = by_logprob_n * logprob_n
     elif FAMILY == SAPO:
         tau_n = tl.where(advantage_n > 0.0, tau_pos, tau_neg)
@@ -58,10 +58,11 @@ def _token_objective_kernel(
         loss_n = -advantage_n * gate_n * 4.0 / tau_n
         by_ratio_n = -4.0 * advantage_n * gate_n * (1.0 - gate_n) * ratio_n
     else:
-        clipped_n = tl.minimum(tl.maximum(ratio_n, 1.0 - epsilon), 1.0 + epsilon_high)
+        clipped_n = clamp(ratio_n, 1.0 - epsilon, 1.0 + epsilon_high)
         plain_n = ratio_n * advantage_n
-        loss_n = -tl.minimum(plain_n, clipped_n * advantage_n)
-        by_ratio_n = tl.where(plain_n <= clipped_n * advantage_n, -plain_n, 0.0)
+        is_clipped_n = plain_n > clipped_n * advantage_n  # never of NaN
+        loss_n = -tl.where(is_clipped_n, clipped_n * advantage_n, plain_n)
+        by_ratio_n = tl.where(is_clipped_n, 0.0, -plain_n)
     if HAS_REF:
         toward_n = tl.load(ref_logprobs_ptr + offs_n, mask=mask_n, other=0.0) - logprob_n
         grown_n = expm1(toward_n)

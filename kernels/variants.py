@@ -150,6 +150,7 @@ def _sweeps(case: Case, table: dict[tuple[str, int], Tile]) -> Iterator[Variant]
             "part_ptr": _empty(2, S, N, dtype=torch.float32),
             "num_splits": S,
             "alpha": 0.5,
+            "rest": 0.5,
             "SPLIT_V": tile.split_v,
             "IS_JSD": mode == "jsd",
         }
@@ -170,6 +171,7 @@ def _gradients(case: Case, table: dict[tuple[str, int], Tile]) -> Iterator[Varia
             "B": B,
             "stride_on": B,
             "alpha": 0.5,
+            "rest": 0.5,
             "HAS_TEACHER": pair,
             "KIND": TABLE[mode].code if pair else 0,
         }

@@ -205,6 +205,54 @@ def test_strides_do_not_matter() -> None:
         assert torch.equal(value, plain[name]), name
 
 
+def test_the_strides_of_a_bias_do_not_matter() -> None:
+    case = make_case(11, (9,), 16, 200, teacher="hidden")
+    plain = run(case, "triton")
+    theirs = case.options["teacher"]
+    # Every second number of a tensor, and one number over the whole vocabulary.
+    bias = torch.stack([case.options["bias"], torch.full((200,), 9.0)], 1)[:, 0]
+    case = case.having(bias=bias, teacher=TeacherHidden(theirs.hidden, theirs.weight, bias))
+    strided = policy_head(case.hidden, case.weight, case.targets, backend="triton", **case.options)
+    assert torch.equal(strided.logprobs, plain["logprobs"])
+    assert torch.equal(strided.divergence, plain["divergence"])
+    one = torch.ones(1).expand(200)
+    even = policy_head(
+        case.hidden, case.weight, case.targets, backend="triton", **case.options | {"bias": one}
+    )
+    ones = case.options | {"bias": one.contiguous()}
+    flat = policy_head(case.hidden, case.weight, case.targets, backend="triton", **ones)
+    assert torch.equal(even.logprobs, flat.logprobs)
+
+
+# numpy says so of a row where a GPU's maximum gives NaN.
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
+@pytest.mark.parametrize("divergence", TABLE)
+@pytest.mark.parametrize("teacher", ["hidden", pytest.param("topk-bucket", marks=pytest.mark.slow)])
+def test_nan_in_a_trained_row_is_seen_and_stays_in_it(divergence: str, teacher: str) -> None:
+    # A maximum or a clamp that drops NaN would give a finite loss of a broken model.
+    case = make_case(
+        18, (4,), 12, 200, dtype=F16, teacher=teacher, divergence=divergence, alpha=0.8
+    ).having(logit_softcap=5.0, grad_filter=0.1)
+    clean = run(case, "triton", frozen=("weight", "bias"))
+    case.hidden[1] = float("nan")
+    ours = run(case, "triton", frozen=("weight", "bias"))
+    others = torch.tensor([0, 2, 3])
+    for name in ("logprobs", "entropy", "divergence", "dhidden"):
+        assert ours[name][1].isnan().all(), name
+        assert ours[name][others].isfinite().all(), name
+    for name in ("logprobs", "entropy", "divergence"):
+        assert torch.equal(ours[name][others], clean[name][others]), name
+    assert ((ours["argmax"] >= 0) & (ours["argmax"] < 200)).all()
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "skew_kl"])
+@pytest.mark.parametrize("alpha", [1e-7, pytest.param(1 - 1e-7, marks=pytest.mark.slow)])
+def test_a_mixture_of_nearly_one_side_is_right(divergence: str, alpha: float) -> None:
+    # A far teacher: log(alpha + (1 - alpha) e^-d) is log(alpha), which 1 + (1 - alpha) y loses.
+    case = make_case(70, (5,), 16, 200, teacher="hidden", spread=6.0, closeness=1.0)
+    assert_right(case.having(divergence=divergence, alpha=alpha), "triton")
+
+
 @pytest.mark.parametrize("frozen", [("weight",), ("hidden",), ("weight", "bias")])
 def test_frozen_leaves_get_no_gradient_and_change_no_other(frozen: tuple[str, ...]) -> None:
     case = make_case(12, (9,), 16, 200, teacher="hidden")
@@ -259,6 +307,15 @@ def test_a_small_workspace_changes_nothing_but_rounding_and_a_smaller_one_says_w
         assert (wide[name] - narrow[name]).norm() <= 1e-6 * wide[name].norm(), name
     with pytest.raises(InputError, match="workspace_mb="):
         run(case, "triton", workspace_mb=1e-4)
+
+
+@pytest.mark.parametrize("D", [8, 37])
+def test_the_workspace_that_an_error_advises_is_enough(D: int) -> None:
+    case = make_case(57, (20,), D, 600, teacher="hidden", masked=0.2, grad_filter=0.1)
+    with pytest.raises(InputError, match=r"workspace_mb=0\.01 holds not") as seen:
+        run(case, "triton", workspace_mb=0.01)
+    advised = str(seen.value).split("give workspace_mb=")[1].split()[0]
+    assert run(case, "triton", workspace_mb=float(advised))["logprobs"].isfinite().all()
 
 
 @pytest.mark.parametrize("share", [0.0, pytest.param(0.03, marks=pytest.mark.slow), 0.3])
