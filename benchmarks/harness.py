@@ -43,7 +43,14 @@ def main() -> int:
             "-p",
             "no:xdist",
         ]
-        command += [f"--benchmark-json={data}", "--timeout=3000", "--benchmark-columns=median"]
+        command += [
+            f"--benchmark-json={data}",
+            "--timeout=3000",
+            "-x",
+            "-W",
+            "ignore",
+            "--benchmark-columns=median",
+        ]
         done = subprocess.run(command, check=False, stdout=sys.stderr)
         if done.returncode:
             return done.returncode

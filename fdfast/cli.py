@@ -1,18 +1,16 @@
 """The command line: `fdfast model|lean|kernels|train|demo`. Each area adds its own commands."""
 
 import argparse
-import contextlib
 import os
 import select
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import fdfast
 from fdfast.errors import InputError, MachineError
+from fdfast.interrupts import sigterm_as_interrupt
 
 _TRAIN = """Train a model by Feedback Distillation: it attempts problems, gets feedback on each
 attempt, and learns to answer as a teacher does that has read the feedback.
@@ -40,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     FDFAST_TRACEBACK=1 shows where an error came from.
     """
-    with _sigterm_as_interrupt():
+    with sigterm_as_interrupt():
         if os.environ.get("FDFAST_TRACEBACK") == "1":
             return _run(argv)
         try:
@@ -66,19 +64,6 @@ def _run(argv: Sequence[str] | None) -> int:
         return int(arguments.run(arguments))
     finally:
         sys.stdout.flush()  # here, so that a closed pipe is met where it is caught
-
-
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """As fdfast.trainer.interrupts has it, but that package imports torch."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _reader_has_gone() -> bool:

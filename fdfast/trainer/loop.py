@@ -18,6 +18,7 @@ from fdfast.data import base_theorems_path
 from fdfast.data.problems import Problem, proof_text, questions_path, read_problems
 from fdfast.errors import InputError, MachineError
 from fdfast.feedback import FeedbackProvider, feedback_provider
+from fdfast.interrupts import sigterm_as_interrupt, uninterrupted
 from fdfast.lean import Verdict, verify_many
 from fdfast.losses import FeedbackDistillationLoss
 from fdfast.models import HeadWeights, lm_head, load_model
@@ -34,7 +35,6 @@ from fdfast.trainer.checkpoint import (
     save_final_model,
 )
 from fdfast.trainer.config import TrainConfig
-from fdfast.trainer.interrupts import sigterm_as_interrupt, uninterrupted
 from fdfast.trainer.master import MasterWeights
 from fdfast.trainer.metrics import Clock, MetricsLog, read_jsonl, records, step_line, summary
 from fdfast.trainer.screen import Screen
