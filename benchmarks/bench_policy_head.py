@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,19 +218,23 @@ def measure_alone(case: str, contender: str) -> dict[str, float]:
     return {"peak_mib": peak_mib, "dhidden_error": dhidden, "dweight_error": dweight}
 
 
+def _kib(status: Path, field: str) -> int:
+    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1])
+
+
 def alone(case: str, contender: str) -> None:
     """Print them; the error is of a tenth of the tokens, for float64 takes long."""
-    import resource
-
     contenders, dtype = CASES[case]
     x = make_inputs(SHAPE, DTYPES[dtype])
     few = x | {k: x[k][: SHAPE.N // 8] for k in ("hidden", "teacher", "targets")}
     ours = forward_backward(contenders[contender], few)  # and torch.compile's memory is behind us
-    held = [torch.ones_like(x[k]) for k in ("hidden", "weight")]  # room of the gradients
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    del held
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    clear.write_text("5")  # the peak begins anew; ru_maxrss would be the parent's too
+    before = _kib(status, "VmRSS")
     forward_backward(contenders[contender], x)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    gradients = sum(x[k].numel() * x[k].element_size() for k in ("hidden", "weight"))
+    peak = _kib(status, "VmHWM") - before - gradients / 1024
     wide = {k: v.double() if v.is_floating_point() else v for k, v in few.items()}
     truth = forward_backward(_reference_kl if contenders is KL else naive_grpo, wide)
     errors = [

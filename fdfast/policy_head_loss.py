@@ -42,7 +42,7 @@ class _PolicyHeadLossFunction(torch.autograd.Function):
         ) -> Tensor:
             return token_loss(logprobs, entropy, divergence, positions_N[rows])
 
-        loss, fields, gradients, dropped_N = prepared.module.policy_head_loss_fwd(
+        loss, fields, gradients = prepared.module.policy_head_loss_fwd(
             prepared.student,
             prepared.targets_N,
             prepared.teacher,
@@ -51,8 +51,6 @@ class _PolicyHeadLossFunction(torch.autograd.Function):
             chunk_loss,
             ctx.needs_input_grad[:3],
         )
-        if prepared.options.grad_filter is not None:
-            prepared.report_dropped(dropped_N)
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(*fields)
         return (loss, *fields)
@@ -90,7 +88,8 @@ def policy_head_loss(
 
     Its gradients are computed here, in the forward pass, and scaled in the backward pass. Where a
     backend can't (a weight narrower than float32 that is trained would want a float32 copy of
-    itself; the reference; a group; no gradient wanted), it is `policy_head` with the loss after it:
+    itself; a grad filter; the reference; a group; no gradient wanted), it is `policy_head` with the
+    loss after it:
     the same value and gradients, at that op's cost.
 
     Args:
@@ -109,7 +108,7 @@ def policy_head_loss(
         divergence: likewise.
         alpha: likewise.
         tail: likewise.
-        grad_filter: likewise; dropped_mass is known at once.
+        grad_filter: likewise.
         workspace_mb: likewise.
         backend: likewise.
         group: likewise.
@@ -154,7 +153,7 @@ def _can_chunk(prepared: Prepared) -> bool:
         return False
     if prepared.module is None or not any(needs) or not torch.is_grad_enabled():
         return False
-    return bool(prepared.module.can_chunk(prepared.student, needs))
+    return bool(prepared.module.can_chunk(prepared.student, needs, prepared.options))
 
 
 def _loss_after(head: PolicyHead, prepared: Prepared, token_loss: TokenLoss) -> Tensor:

@@ -49,7 +49,7 @@ class HeadStats:
     topk: TopKGradient | None = None
 
 
-def can_chunk(student: Head, needs: tuple[bool, bool, bool]) -> bool:
+def can_chunk(student: Head, needs: tuple[bool, bool, bool], options: HeadOptions) -> bool:
     """Never: the token-chunk way has no kernel yet, policy_head_loss takes the op and its
     backward.
     """

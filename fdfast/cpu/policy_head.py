@@ -141,12 +141,14 @@ def policy_head_bwd(
     return *sums.results(), _dropped(kept_N, total_N, sums.dtype)
 
 
-def can_chunk(student: Head, needs: tuple[bool, bool, bool]) -> bool:
-    """Whether the token-chunk way stays in its workspace: a weight narrower than the sums would
-    want a copy of them.
+def can_chunk(student: Head, needs: tuple[bool, bool, bool], options: HeadOptions) -> bool:
+    """Whether the token-chunk way stays in its workspace.
+
+    A weight narrower than the sums would want a copy of them, a filter gathers columns of whole
+    rows.
     """
     wide = student.weight_VD.dtype == statistics_dtype(student.hidden_ND, student.weight_VD)
-    return wide or not needs[1]
+    return options.grad_filter is None and (wide or not needs[1])
 
 
 def policy_head_loss_fwd(
@@ -157,9 +159,9 @@ def policy_head_loss_fwd(
     rows_N: Tensor | None,
     token_loss: Callable[[Tensor, Tensor, Tensor, slice], Tensor],
     needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, tuple[Tensor, ...], Gradients, Tensor]:
-    """The sum of a loss of each token, the fields of policy_head_fwd, the loss's gradients, the
-    dropped share.
+) -> tuple[Tensor, tuple[Tensor, ...], Gradients]:
+    """The sum of a loss of each token, the fields of policy_head_fwd, and the loss's
+    gradients.
 
     Args:
         student: as policy_head_fwd.
@@ -175,7 +177,6 @@ def policy_head_loss_fwd(
     stats = HeadStats.empty(len(targets_N), teacher)
     sums = _GradSums(student, needs, rows_N)
     total = torch.zeros((), dtype=blocks.dtype)
-    dropped_N = torch.zeros(len(targets_N), dtype=torch.float64)
     everything = slice(0, len(student.weight_VD))
     weight_sum_VD = sums.weight_block(everything)
     with fast_gemms(_scratch_bytes(student, options)):
@@ -187,16 +188,11 @@ def policy_head_loss_fwd(
             total += loss
             terms = GradTerms(targets_N[rows], topk, chunk, upstream, options)
             terms.apply(student_RV, teacher_RV, slice(None), tempered=True)
-            columns = None
-            if options.grad_filter is not None:
-                threshold_R, total_R = filter_threshold(student_RV, options.grad_filter)
-                columns, kept_R = _active_columns(student_RV, threshold_R)
-                dropped_N[rows] = _dropped(kept_R, total_R, torch.float64)
             hidden_RD = hidden_rows(student, rows_N, rows, blocks.dtype)
-            sums.add(student_RV, columns, hidden_RD, student.weight_VD, weight_sum_VD, rows)
+            sums.add(student_RV, None, hidden_RD, student.weight_VD, weight_sum_VD, rows)
             sums.add_bias(student_RV, everything)
     fields = _fields(stats, teacher, blocks.dtype)
-    return total, fields, sums.results(), dropped_N.to(blocks.dtype)
+    return total, fields, sums.results()
 
 
 def _scratch_bytes(student: Head, options: HeadOptions) -> int:
