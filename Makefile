@@ -4,16 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 # On busy cores two OpenMP threads spin against each other.
 export OMP_NUM_THREADS ?= 1
+# Options of the benchmark: make bench BENCH=--quick
+BENCH ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: help venv demo test test-slow lint bench clean
+.PHONY: help venv demo test test-slow lint peers bench gpu clean
 
 help:
 	@echo "make demo       Feedback Distillation on a real model with real Lean (minutes)"
 	@echo "make test       lint, types and the tests (minutes)"
 	@echo "make test-slow  the minutes-long proofs"
 	@echo "make bench      policy_head against Liger-Kernel, TRL, plain PyTorch and the GEMMs"
+	@echo "make gpu        the kernels' tests on a CUDA GPU, then the same benchmark there"
 	@echo "make lint       ruff and mypy alone"
 	@echo "make venv       .venv with all that tests and demo need; the others make it themselves"
 
@@ -52,9 +55,15 @@ lint: venv
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: venv
+peers: venv
 	@$(PIP) --no-build-isolation --editable '.[dev,peers]'
-	@$(BIN)/python -m benchmarks.harness
+
+bench: peers
+	@$(BIN)/python -m benchmarks.harness $(BENCH)
+
+# It looks for the GPU first, and takes $(PYTHON) as it is where its torch can use it.
+gpu:
+	@$(PYTHON) -m benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) build fdfast.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,138 +1,108 @@
-"""`make bench`: runs the cases of this folder, prints a table for people and last one line of
-JSON.
+"""`make bench`: runs the cases of this folder, prints tables for people and last one line of JSON.
+
+Nothing is printed of a run in which the small cases of the tests, or of the contenders, are wrong.
 """
 
+import argparse
 import csv
 import json
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
-HERE = Path(__file__).parent
-COLUMNS = (
-    "commit",
-    "machine",
-    "threads",
-    "torch",
-    "case",
-    "shape",
-    "contender",
-    "wall_s",
-    "wall_p20_s",
-)
-COLUMNS += ("wall_p80_s", "cpu_s", "peak_mib", "dhidden_error", "dweight_error")
+from benchmarks import render
+from benchmarks.cases import DEVICES
+from benchmarks.data import make_inputs
+from benchmarks.shapes import SMOLLM2_135M
+from benchmarks.targets import Row, Verdict, evaluate
+from fdfast.errors import MachineError
+
+ROOT = Path(__file__).parent.parent
+# The small cases that decide whether there is anything to measure: seconds.
+TESTS = {"cpu": "tests/test_policy_head.py", "cuda": "tests/test_kernels_policy_head.py"}
 
 
-def main() -> int:
-    """Run, render, save benchmarks/results/<machine>.csv."""
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "bench.json"
-        command = [sys.executable, "-m", "pytest", str(HERE), "-q", "--benchmark-disable-gc"]
-        command += [
-            "-o",
-            "python_files=bench_*.py",
-            "-o",
-            "python_functions=bench_*",
-            "-p",
-            "no:xdist",
-        ]
-        command += [
-            f"--benchmark-json={data}",
-            "--timeout=3000",
-            "-x",
-            "-W",
-            "ignore",
-            "--benchmark-columns=median",
-        ]
-        done = subprocess.run(command, check=False, stdout=sys.stderr)
-        if done.returncode:
-            return done.returncode
-        rows = summarize(json.loads(data.read_text())["benchmarks"])
-    where = HERE / "results" / f"policy_head_{machine().replace(' ', '_').lower()}.csv"
-    with where.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    print(table(rows))
-    print(json.dumps(rows))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, render, save the CSV (not of a quick run).
+
+    Returns:
+        0; 1 where a case is wrong; 2 where the machine lacks something.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        _check_machine(args.device)
+    except MachineError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    small = [sys.executable, "-m", "pytest", TESTS[args.device], "-q", "-x", "-k", "right"]
+    if subprocess.run(small, check=False, stdout=sys.stderr, cwd=ROOT).returncode:
+        print("bench: small cases are wrong (above), so nothing was measured", file=sys.stderr)
+        return 1
+    rows = _measure(args.device, quick=args.quick)
+    if rows is None:
+        print("bench: a case failed (above), so no number is shown", file=sys.stderr)
+        return 1
+    verdicts = evaluate(rows) if args.device == "cpu" else []
+    render.add_targets(rows, verdicts)
+    if not args.quick:
+        save(rows, render.results_path(args.device))
+    report(rows, verdicts)
     return 0
 
 
-def summarize(benchmarks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a contender: medians over its turns."""
-    turns: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for b in benchmarks:
-        info = b["extra_info"]
-        key = (info["case"], info["shape"], info["contender"])
-        turns.setdefault(key, []).append(info | {"wall_s": b["stats"]["median"]})
-    rows = []
-    for (case, shape, contender), seen in turns.items():
-        wall = sorted(s["wall_s"] for s in seen)
-        fifths = statistics.quantiles(wall, n=5) if len(wall) > 1 else wall * 4
-        once = next((s for s in seen if "peak_mib" in s), {})
-        rows.append(
-            {
-                "commit": git_commit(),
-                "machine": machine(),
-                "threads": torch.get_num_threads(),
-                "torch": version("torch"),
-                "case": case,
-                "shape": shape,
-                "contender": contender,
-                "wall_s": round(statistics.median(wall), 3),
-                "wall_p20_s": round(fifths[0], 3),
-                "wall_p80_s": round(fifths[3], 3),
-                "cpu_s": round(statistics.median(s["cpu_s"] for s in seen), 3),
-                "peak_mib": round(once["peak_mib"]) if once else "",
-                "dhidden_error": f"{once['dhidden_error']:.1e}" if once else "",
-                "dweight_error": f"{once['dweight_error']:.1e}" if once else "",
-            }
-        )
-    return rows
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text, a block for each case."""
-    lines: list[str] = []
-    for row in rows:
-        title = f"{row['case']}, {row['shape']}"
-        if title not in lines:
-            lines += ["", title]
-            lines.append(
-                f"{'':32}{'wall s':>8}{'CPU s':>8}{'MiB':>7}{'dhidden':>10}{'dweight':>10}"
-            )
-        lines.append(
-            f"{row['contender']:32}{row['wall_s']:>8}{row['cpu_s']:>8}{row['peak_mib']:>7}"
-            f"{row['dhidden_error']:>10}{row['dweight_error']:>10}"
-        )
-    return "\n".join(lines)
-
-
-def machine() -> str:
-    """The processor's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.machine()
-
-
-def git_commit() -> str:
-    """The commit that was measured."""
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=HERE,
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.harness", description=__doc__)
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
+    parser.add_argument(
+        "--quick", action="store_true", help="few tokens, one turn, no CSV: to try the benchmark"
     )
-    return done.stdout.strip() or "unknown"
+    return parser
+
+
+def _check_machine(device: str) -> None:
+    """The GPU, or the model whose hidden states the CPU's cases take (made on first use).
+
+    Raises:
+        MachineError: it is not there.
+    """
+    if device == "cpu":
+        make_inputs(SMOLLM2_135M)
+    elif not torch.cuda.is_available():
+        raise MachineError("--device cuda wants a CUDA GPU, and torch sees none; take cpu")
+
+
+def _measure(device: str, *, quick: bool) -> list[Row] | None:
+    """Rows of a whole run; None where it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "bench.json"
+        command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-x", f"--device={device}"]
+        command += ["-p", "no:xdist", "--benchmark-disable-gc", "--benchmark-columns=median"]
+        command += [f"--benchmark-json={data}", *(["--quick"] if quick else [])]
+        if subprocess.run(command, check=False, stdout=sys.stderr, cwd=ROOT).returncode:
+            return None
+        return render.summarize(json.loads(data.read_text())["benchmarks"], device)
+
+
+def save(rows: Sequence[Row], path: Path) -> None:
+    """The rows as CSV."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(render.COLUMNS))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def report(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
+    """Tables, and last the JSON document."""
+    print(render.table(rows))
+    if verdicts:
+        print(render.target_table(verdicts))
+    targets = [asdict(v.target) | {"measured": v.measured, "outcome": v.outcome} for v in verdicts]
+    print(json.dumps({"rows": rows, "targets": targets}))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,37 @@ Legend: N tokens, D hidden, V vocabulary.
 """
 
 import functools
+import importlib.util
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Inputs = dict[str, Tensor]
+from benchmarks.contenders import on_policy_loss
+from benchmarks.data import Inputs
+
+PACKAGES = ("liger-kernel", "trl", "cut-cross-entropy")
+
+
+def lacking(package: str, *, cuda_only: bool = False, device: str = "cpu") -> str:
+    """Why a peer cannot run here; "" if it can."""
+    if importlib.util.find_spec(package.replace("-", "_")) is None:
+        return f"{package} is not installed: pip install 'fdfast[peers]'"
+    if cuda_only and device != "cuda":
+        return "its kernels are Triton's and want a CUDA GPU"
+    return ""
+
+
+def versions() -> dict[str, str]:
+    """The installed peers."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return found
 
 
 @functools.cache
@@ -53,7 +78,7 @@ def liger_grpo(x: Inputs) -> Tensor:
         x["hidden"].view(*shape, -1),
         x["weight"],
         x["targets"].view(shape),
-        torch.ones(shape),
+        torch.ones(shape, device=x["targets"].device),
         x["advantages"],
     )
     return loss
@@ -67,6 +92,12 @@ def trl_grpo(x: Inputs) -> Tensor:
     logprobs = ChunkedLogProbFunction.apply(
         x["hidden"], x["weight"], None, x["targets"], 1.0, 32768, None, 1.0, ("entropy",)
     )[0]
-    B = len(x["advantages"])
-    advantages = x["advantages"].repeat_interleave(len(logprobs) // B)
-    return -((logprobs - logprobs.detach()).exp() * advantages).mean()
+    return on_policy_loss(logprobs, x["advantages"])
+
+
+def cce_grpo(x: Inputs, *, impl: str) -> Tensor:
+    """cut-cross-entropy's log-probabilities with the same loss after them; it has no entropy."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    nll = linear_cross_entropy(x["hidden"], x["weight"], x["targets"], reduction="none", impl=impl)
+    return on_policy_loss(-nll, x["advantages"])

@@ -19,7 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 CODE = re.compile(r"\.(py|pyi|cpp|hpp|lean|jsonl)$|^Makefile$|^pyproject.toml$|^constraints.txt$")
 # Files that can't say what they are.
 SAID = {
-    "Makefile": "demo, test, test-slow, lint, bench: each makes .venv itself",
+    "Makefile": "demo, test, test-slow, lint, bench, gpu: each makes .venv itself",
     "constraints.txt": "the versions that CI and the demo use",
     "pyproject.toml": "every setting",
     "fdfast/lean/FdBase.lean": "the base library under every embedded proof",
@@ -28,6 +28,16 @@ SAID = {
     "fdfast/data/templates.jsonl": "statements of the theorem set that are written by hand",
 }
 WIDTH = 118
+# Columns of the benchmark's CSV that the README shows, with their headings.
+SHOWN = {
+    "turns": "turns",
+    "wall_s": "wall s",
+    "cpu_s": "CPU s",
+    "gflops": "GFLOP/s of the needed GEMMs",
+    "peak_mib": "peak MiB beyond inputs and gradients",
+    "dhidden_error": "error of dhidden",
+    "dweight_error": "error of dweight",
+}
 
 
 def main(demo: Path | None) -> int:
@@ -43,9 +53,11 @@ def main(demo: Path | None) -> int:
             text, "demo", f"{table(('claim', 'seen', 'held'), rows)}\n\n{summary['machine']}."
         )
     blocks = []
-    for path in sorted(RESULTS.glob("policy_head_*.csv")):
+    for path in sorted(RESULTS.glob("*.csv")):
         with path.open() as file:
-            blocks.append(bench(list(csv.DictReader(file))))
+            results = list(csv.DictReader(file))
+        if "targets" in results[0]:  # the kernels' report is a table of its own
+            blocks.append(bench(results))
     if blocks:
         text = fill(text, "bench", "\n\n".join(blocks))
     readme.write_text(text)
@@ -98,18 +110,32 @@ def about(name: str) -> str:
 
 
 def bench(rows: list[dict[str, str]]) -> str:
-    """A table for each case of one machine's results."""
+    """A table for each case of one machine's results, and one of its targets."""
     first = rows[0]
     parts = []
     for case in dict.fromkeys(row["case"] for row in rows):
+        some = [row for row in rows if row["case"] == case]
+        columns = [c for c in SHOWN if any(row[c] for row in some)]
+        notes = any(row["note"] for row in some)
         cells = [
-            tuple(row[c] for c in ("contender", "wall_s", "cpu_s", "peak_mib", "dhidden_error"))
-            for row in rows
-            if row["case"] == case
+            (row["contender"], *(row[c] for c in columns), *([row["note"]] if notes else []))
+            for row in some
         ]
-        head = ("", "wall s", "CPU s", "peak MiB beyond inputs and gradients", "error of dhidden")
-        parts.append(f"{case}, {first['shape']}, forward and backward:\n\n{table(head, cells)}")
-    where = f"{first['machine']}, {first['threads']} thread(s), torch {first['torch']}"
+        head = ("", *(SHOWN[c] for c in columns), *([""] if notes else []))
+        said = f"{case}, {some[0]['shape']}, {some[0]['data']} data, forward and backward:"
+        parts.append(f"{said}\n\n{table(head, cells)}")
+    targets = [
+        (row["case"], row["contender"], *said.rsplit(": ", 1))
+        for row in rows
+        for said in row["targets"].split("; ")
+        if said
+    ]
+    if targets:
+        head = ("case", "contender", "target", "")
+        parts.append(f"Targets, wall and CPU time both:\n\n{table(head, targets)}")
+    where = f"{first['machine']}, {first['threads']} thread(s), {first['versions']}"
+    if first["driver"]:
+        where += f", driver {first['driver']}"
     return "\n\n".join(parts) + f"\n\n{where}; medians of turns, commit {first['commit']}."
 
 

@@ -25,6 +25,18 @@ settings.register_profile(
 settings.load_profile("fdfast")
 
 
+# Of the kernels' tests, these need no GPU's memory or speed: they read compiled code and tables.
+_WITHOUT_GPU = ("test_kernels_compile.py", "test_kernels_cost.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The kernels' tests are marked `gpu`: they compute on one where there is one."""
+    for item in items:
+        name = item.path.name
+        if name.startswith("test_kernels_") and name not in _WITHOUT_GPU:
+            item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(autouse=True)
 def _torch_as_tests_want_it() -> Iterator[None]:
     """torch.empty gives NaN (only the deterministic mode does that); one thread; all put back."""

@@ -1,0 +1,126 @@
+"""What the CPU's numbers have to reach, on two cores, and whether they do.
+
+Legend: N tokens, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.cases import FILTERED, GROWTH_V, KLS, PLAIN
+
+Row = dict[str, Any]
+LIMIT = "limit"  # the best row whose name begins so
+KL32, KL16, GRPO32 = "forward KL, float32", "forward KL, bfloat16", "GRPO, float32"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A row's number against a bound, or against a rival's number.
+
+    Attributes:
+        case: its name.
+        contender: whose row.
+        measure: time, memory or error.
+        at_most: the bound.
+        rival: the contender (of the same case, or of `rival_case`) that the number is divided by;
+            "" for none.
+        rival_case: where the rival's row is; "" for the same case.
+    """
+
+    case: str
+    contender: str
+    measure: str
+    at_most: float
+    rival: str = ""
+    rival_case: str = ""
+
+
+TARGETS = (
+    Target(KL32, PLAIN, "time", 0.85, "Liger-Kernel"),
+    Target(KL32, PLAIN, "time", 0.5, "TRL"),
+    Target(KL32, PLAIN, "time", 1.10, LIMIT),
+    Target(KL32, FILTERED.format(0.03), "time", 0.80, LIMIT),
+    Target(KL16, PLAIN, "time", 1.0, "Liger-Kernel"),
+    Target(GRPO32, PLAIN, "time", 1.05, "naive PyTorch"),
+    Target(GRPO32, PLAIN, "time", 0.75, "Liger-Kernel (no entropy)"),
+    Target(GRPO32, PLAIN, "time", 0.6, "TRL (entropy without gradient)"),
+    Target(KL32, PLAIN, "memory", 0.10, "naive PyTorch"),
+    Target(KL16, PLAIN, "memory", 0.10, "naive PyTorch"),
+    # No growth; a tenth is left for what the process itself does meanwhile.
+    *(
+        Target(
+            f"{case}, memory at V = {GROWTH_V[1]}",
+            PLAIN,
+            "memory",
+            1.10,
+            PLAIN,
+            f"{case}, memory at V = {GROWTH_V[0]}",
+        )
+        for case in (KL32, KL16, GRPO32)
+    ),
+    *(Target(f"{KL16}, mean KL {kl}", PLAIN, "error", 0.005) for kl in KLS),
+    Target(KL32, PLAIN, "error", 2.0, "naive PyTorch"),
+    Target(GRPO32, PLAIN, "error", 2.0, "naive PyTorch"),
+)
+# Wall time and CPU time must both keep a bound, since the machine is shared; so must both errors.
+FIELDS = {
+    "time": ("wall_s", "cpu_s"),
+    "memory": ("peak_mib",),
+    "error": ("dhidden_error", "dweight_error"),
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target with what was measured: the worst of its fields, None where a row is missing."""
+
+    target: Target
+    measured: float | None
+
+    @property
+    def outcome(self) -> str:
+        """met, MISSED or not measured."""
+        if self.measured is None:
+            return "not measured"
+        return "met" if self.measured <= self.target.at_most else "MISSED"
+
+    def __str__(self) -> str:
+        """For the column of the row's other targets."""
+        target = self.target
+        against = f" / {target.rival}" if target.rival else ""
+        if target.rival_case:
+            against = f" / that {target.rival_case.rsplit(', memory ')[-1]}"
+        seen = "-" if self.measured is None else f"{self.measured:.2g}"
+        return f"{target.measure}{against} {seen}, at most {target.at_most:g}: {self.outcome}"
+
+
+def evaluate(rows: Sequence[Row], targets: Sequence[Target] = TARGETS) -> list[Verdict]:
+    """Every target against the rows of one run."""
+    return [Verdict(target, _measured(rows, target)) for target in targets]
+
+
+def _measured(rows: Sequence[Row], target: Target) -> float | None:
+    own = _values(rows, target.case, target.contender, target.measure)
+    if own is None:
+        return None
+    if not target.rival:
+        return max(own)
+    theirs = _values(rows, target.rival_case or target.case, target.rival, target.measure)
+    if theirs is None:
+        return None
+    return max(mine / other for mine, other in zip(own, theirs, strict=True))
+
+
+def _values(
+    rows: Sequence[Row], case: str, contender: str, measure: str
+) -> tuple[float, ...] | None:
+    """The fields of a row, or of the least of the limits'; None if there is none with numbers."""
+    found = []
+    for row in rows:
+        named = row["contender"].startswith(LIMIT) if contender == LIMIT else False
+        if row["case"] == case and (named or row["contender"] == contender):
+            values = [row[field] for field in FIELDS[measure]]
+            if "" not in values:
+                found.append(tuple(float(value) for value in values))
+    return min(found) if found else None
