@@ -2,6 +2,7 @@
 // build serves every torch; fdfast/cpu/policy_head.py, the only caller, owns shapes and dtypes.
 #include <pybind11/pybind11.h>
 
+#include "gemm_bf16.hpp"
 #include "policy_head.hpp"
 
 namespace py = pybind11;
@@ -49,13 +50,14 @@ void bind(py::module_& m, const char* suffix) {
   m.def(
       name("head_grads_").c_str(),
       [](uintptr_t student, uintptr_t teacher, int64_t R, int64_t V, int64_t first, bool tempered,
-         const HeadMath& math, int threads, uintptr_t norm, uintptr_t teacher_norm, uintptr_t center, uintptr_t coef_p, uintptr_t coef_plogp,
-         uintptr_t coef_divergence, uintptr_t targets, uintptr_t coef_target, uintptr_t topk_ids, uintptr_t topk_dz,
-         int64_t K) {
-        head_grads(at<T>(student), at<T>(teacher), R, V, first, tempered, math, threads, at<const RowNorm>(norm),
-                   at<const RowNorm>(teacher_norm), at<const double>(center), at<const double>(coef_p),
-                   at<const double>(coef_plogp), at<const double>(coef_divergence), at<const int64_t>(targets),
-                   at<const double>(coef_target), at<const int64_t>(topk_ids), at<const double>(topk_dz), K);
+         bool narrow, const HeadMath& math, int threads, uintptr_t norm, uintptr_t teacher_norm, uintptr_t center,
+         uintptr_t coef_p, uintptr_t coef_plogp, uintptr_t coef_divergence, uintptr_t targets,
+         uintptr_t coef_target, uintptr_t topk_ids, uintptr_t topk_dz, int64_t K) {
+        head_grads(at<T>(student), at<T>(teacher), R, V, first, tempered, narrow, math, threads,
+                   at<const RowNorm>(norm), at<const RowNorm>(teacher_norm), at<const double>(center),
+                   at<const double>(coef_p), at<const double>(coef_plogp), at<const double>(coef_divergence),
+                   at<const int64_t>(targets), at<const double>(coef_target), at<const int64_t>(topk_ids),
+                   at<const double>(topk_dz), K);
       },
       no_gil);
   m.def(
@@ -69,10 +71,20 @@ void bind(py::module_& m, const char* suffix) {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "The elementwise part of policy_head on the CPU: see csrc/policy_head.hpp";
+  m.doc() = "The elementwise part of policy_head on the CPU, and products of bfloat16: see the headers of csrc";
   py::class_<HeadMath>(m, "HeadMath")
       .def(py::init(&head_math), py::kw_only(), py::arg("divergence"), py::arg("alpha"), py::arg("temperature"),
            py::arg("teacher_temperature"), py::arg("softcap"));
+  m.def("gemm_bf16_runs", &gemm_bf16_runs);
+  m.def("gemm_bf16_scratch_bytes", &gemm_bf16_scratch_bytes);
+  m.def(
+      "gemm_bf16",
+      [](uintptr_t a, int64_t a_lane, int64_t a_depth, uintptr_t b, int64_t b_lane, int64_t b_depth, int64_t M,
+         int64_t N, int64_t K, uintptr_t c, int64_t ldc, bool add, int threads) {
+        gemm_bf16({at<const uint16_t>(a), a_lane, a_depth}, {at<const uint16_t>(b), b_lane, b_depth}, M, N, K,
+                  at<float>(c), ldc, add, threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
   bind<float>(m, "float32");
   bind<double>(m, "float64");
 }

@@ -5,11 +5,11 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <thread>
 #include <type_traits>
 #include <vector>
 
 #include "rows.hpp"
+#include "threads.hpp"
 
 namespace fdfast {
 namespace {
@@ -34,17 +34,12 @@ const RowLoops<T>& loops() {
   return chosen;
 }
 
-// Rows in equal shares to `threads` threads; each row is computed by one thread, so their number changes no result.
+// Each row is computed by one thread, so their number changes no result.
 template <typename Body>
 void for_rows(int64_t R, int threads, const Body& body) {
-  const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(threads, R));
-  const auto share = [&](int64_t w) {
-    for (int64_t r = R * w / workers; r < R * (w + 1) / workers; ++r) body(r);
-  };
-  std::vector<std::thread> pool;
-  for (int64_t w = 1; w < workers; ++w) pool.emplace_back(share, w);
-  share(0);
-  for (auto& thread : pool) thread.join();
+  for_shares(R, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) body(r);
+  });
 }
 
 template <typename T>
@@ -98,10 +93,11 @@ void row_norms(const T* z, int64_t R, int64_t V, int threads, RowNorm* norm) {
 }
 
 template <typename T>
-void head_grads(T* student, T* teacher, int64_t R, int64_t V, int64_t first, bool tempered, const HeadMath& math,
-                int threads, const RowNorm* norm, const RowNorm* teacher_norm, const double* center,
-                const double* coef_p, const double* coef_plogp, const double* coef_divergence, const int64_t* targets,
-                const double* coef_target, const int64_t* topk_ids, const double* topk_dz, int64_t K) {
+void head_grads(T* student, T* teacher, int64_t R, int64_t V, int64_t first, bool tempered, bool narrow,
+                const HeadMath& math, int threads, const RowNorm* norm, const RowNorm* teacher_norm,
+                const double* center, const double* coef_p, const double* coef_plogp, const double* coef_divergence,
+                const int64_t* targets, const double* coef_target, const int64_t* topk_ids, const double* topk_dz,
+                int64_t K) {
   for_rows(R, threads, [&](int64_t r) {
     T* s = student + r * V;
     T* t = teacher == nullptr ? nullptr : teacher + r * V;
@@ -125,6 +121,9 @@ void head_grads(T* student, T* teacher, int64_t R, int64_t V, int64_t first, boo
               {coef_p[r], coef_plogp[r], coef_divergence[r], center[r]});
     for (const auto& [v, value] : topk) s[v] = value;
     if (inside(y)) s[y - first] += at_target;
+    if constexpr (std::is_same_v<T, float>) {
+      if (narrow) loops<T>().narrow(s, V);  // the row is still in the cache
+    }
   });
 }
 
@@ -157,10 +156,9 @@ void row_thresholds(const T* x, int64_t R, int64_t V, double share, int threads,
   template void head_divergence<T>(const T*, const T*, int64_t, int64_t, const HeadMath&, int, const RowNorm*,          \
                                    const RowNorm*, double*, double*);                                                  \
   template void row_norms<T>(const T*, int64_t, int64_t, int, RowNorm*);                                               \
-  template void head_grads<T>(T*, T*, int64_t, int64_t, int64_t, bool, const HeadMath&, int, const RowNorm*,           \
-                              const RowNorm*,                                                                          \
-                              const double*, const double*, const double*, const double*, const int64_t*,              \
-                              const double*, const int64_t*, const double*, int64_t);                                  \
+  template void head_grads<T>(T*, T*, int64_t, int64_t, int64_t, bool, bool, const HeadMath&, int, const RowNorm*,     \
+                              const RowNorm*, const double*, const double*, const double*, const double*,              \
+                              const int64_t*, const double*, const int64_t*, const double*, int64_t);                  \
   template void row_thresholds<T>(const T*, int64_t, int64_t, double, int, double*, double*);
 FDFAST_INSTANTIATE(float)
 FDFAST_INSTANTIATE(double)

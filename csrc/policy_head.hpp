@@ -50,12 +50,14 @@ void row_norms(const T* z, int64_t R, int64_t V, int threads, RowNorm* norm);
 // replaced by the gradient by the raw ones:
 //   dz = p (coef_p + coef_plogp * s) + coef_divergence * d(divergence)/dz, times dz/draw,
 // where entries topk_ids (R, K) are set to topk_dz instead, and coef_target is added at the target. `teacher` may be
-// null. Indices are of the vocabulary; those outside the block are passed over.
+// null. Indices are of the vocabulary; those outside the block are passed over. If `narrow` (float only), the row is
+// rounded to bfloat16 at last, into the first half of its bytes.
 template <typename T>
-void head_grads(T* student, T* teacher, int64_t R, int64_t V, int64_t first, bool tempered, const HeadMath& math,
-                int threads, const RowNorm* norm, const RowNorm* teacher_norm, const double* center, const double* coef_p,
-                const double* coef_plogp, const double* coef_divergence, const int64_t* targets,
-                const double* coef_target, const int64_t* topk_ids, const double* topk_dz, int64_t K);
+void head_grads(T* student, T* teacher, int64_t R, int64_t V, int64_t first, bool tempered, bool narrow,
+                const HeadMath& math, int threads, const RowNorm* norm, const RowNorm* teacher_norm,
+                const double* center, const double* coef_p, const double* coef_plogp, const double* coef_divergence,
+                const int64_t* targets, const double* coef_target, const int64_t* topk_ids, const double* topk_dz,
+                int64_t K);
 
 // For each row the largest `threshold` such that all entries below it sum to at most `share` of the row's sum |x|,
 // to within a bin of 1/8 octave; `total` is that sum.

@@ -12,7 +12,8 @@ struct RowCoefs {
   double p, plogp, divergence, center;
 };
 
-// All but `temper` take z. `weighted` (may be null) receives sum p (z - max).
+// `norm`, `divergence` and `gradient` take z. `weighted` (may be null) receives sum p (z - max). `narrow` rounds a row
+// to bfloat16 in place, into the first half of its bytes; null for double.
 template <typename T>
 struct RowLoops {
   void (*temper)(T* row, int64_t V, T softcap, T inv_temperature);
@@ -20,6 +21,7 @@ struct RowLoops {
   void (*divergence)(const T* s, const T* t, int64_t V, RowNorm n, RowNorm m, const HeadMath& math, double* value,
                      double* center);
   void (*gradient)(T* s, const T* t, int64_t V, const HeadMath& math, RowNorm n, RowNorm m, RowCoefs coefs);
+  void (*narrow)(T* row, int64_t V);
 };
 
 namespace generic {

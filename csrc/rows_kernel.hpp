@@ -359,13 +359,31 @@ void gradient_of_row(T* s, const T* t, int64_t V, const HeadMath& math, RowNorm 
   return grad_dispatch<false>(s, t, V, math, n, m, c);
 }
 
+// To nearest, ties to even; a NaN stays one.
+void narrow_row(float* row, int64_t V) {
+  typedef uint16_t Half __attribute__((vector_size(32)));
+  typedef uint32_t Bits __attribute__((vector_size(64)));
+  auto* const to = reinterpret_cast<char*>(row);  // never ahead of what is still to be read
+  for_vectors<float>(0, V, [&](int64_t v, auto extent) __attribute__((always_inline)) {
+    const VecF x = load(row + v, extent);
+    const Bits bits = (Bits)x;
+    const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Half half = __builtin_convertvector(x == x ? rounded : (bits >> 16 | 0x40), Half);
+    int64_t lanes = kLanes<float>;
+    if constexpr (requires { extent.lanes; }) lanes = extent.lanes;
+    __builtin_memcpy(to + v * sizeof(uint16_t), &half, lanes * sizeof(uint16_t));
+  });
+}
+
 }  // namespace
 
 RowLoops<float> float_loops() {
-  return {temper_row<float>, norm_row<float>, divergence_of_row<float>, gradient_of_row<float>};
+  return {temper_row<float>, norm_row<float>, divergence_of_row<float>, gradient_of_row<float>,
+          narrow_row};
 }
 RowLoops<double> double_loops() {
-  return {temper_row<double>, norm_row<double>, divergence_of_row<double>, gradient_of_row<double>};
+  return {temper_row<double>, norm_row<double>, divergence_of_row<double>, gradient_of_row<double>,
+          nullptr};
 }
 
 }  // namespace fdfast::FDFAST_ROWS

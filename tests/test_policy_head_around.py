@@ -141,7 +141,7 @@ def test_the_rows_of_csrc_are_the_same_bits_with_any_number_of_threads(
         outputs = (*rows_R[:4], argmax_R)
         shape = (R, V, targets_R, math, threads)
         call("head_stats", F32, *logits_RV, *shape, *pairs_R2, *outputs)
-        shape = (R, V, 0, False, math, threads)
+        shape = (R, V, 0, False, False, math, threads)
         given = (*pairs_R2, rows_R[3], *rows_R[4:7], targets_R, rows_R[7], None, None, 0)
         call("head_grads", F32, *raw_RV, *shape, *given)
         call("row_thresholds", F32, raw_RV[0], R, V, 0.05, threads, rows_R[4], rows_R[5])

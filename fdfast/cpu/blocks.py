@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fdfast import _cpu
+from fdfast.cpu.gemm import Gemms, write_product
 from fdfast.errors import InputError
 from fdfast.types import Head
 
@@ -49,36 +50,36 @@ def hidden_rows(head: Head, rows_N: Tensor | None, chunk: slice, dtype: torch.dt
 
 def project(out_RB: Tensor, hidden_RD: Tensor, weight_BD: Tensor, bias_B: Tensor | None) -> None:
     """Raw logits of one block: hidden @ weight.T + bias."""
-    torch.mm(hidden_RD, weight_BD.T, out=out_RB)
+    write_product(out_RB, hidden_RD, weight_BD.T)
     if bias_B is not None:
         out_RB += bias_B
 
 
-def widened(head: Head, block: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Weight (B, D) and bias (B,) of a vocabulary block in `dtype`: views where they have it
-    already.
+def converted(head: Head, block: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Weight (B, D) of a vocabulary block in `dtype`, a view where it has it already, and bias
+    (B,).
     """
     bias_V = head.bias_V
-    return head.weight_VD[block].to(dtype), None if bias_V is None else bias_V[block].to(dtype)
+    return head.weight_VD[block].to(dtype), None if bias_V is None else bias_V[block]
 
 
-def widened_all(
+def converted_all(
     heads: list[Head], block: slice, dtype: torch.dtype
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """`widened` of each head; a weight that student and teacher share is widened once."""
-    first = widened(heads[0], block, dtype)
+    """`converted` of each head; a weight that student and teacher share is converted once."""
+    first = converted(heads[0], block, dtype)
     blocks = [first]
     for head in heads[1:]:
-        bias_B = None if head.bias_V is None else head.bias_V[block].to(dtype)
         shared = head.weight_VD.data_ptr() == heads[0].weight_VD.data_ptr()
         shared = shared and head.weight_VD.stride() == heads[0].weight_VD.stride()
-        blocks.append((first[0], bias_B) if shared else widened(head, block, dtype))
+        bias_B = None if head.bias_V is None else head.bias_V[block]
+        blocks.append((first[0], bias_B) if shared else converted(head, block, dtype))
     return blocks
 
 
-def _wide_columns_bytes(head: Head | None, dtype: torch.dtype) -> int:
-    """Bytes a vocabulary column of the head needs in its widened copy: none where the weight is
-    `dtype` already.
+def _copied_columns_bytes(head: Head | None, dtype: torch.dtype) -> int:
+    """Bytes a vocabulary column of the head's weight needs in a copy of `dtype`: none where it is
+    that already.
     """
     if head is None or head.weight_VD.dtype == dtype:
         return 0
@@ -97,25 +98,28 @@ class RowBlocks:
         rows_N: Tensor | None,
         *,
         dtype: torch.dtype,
+        gemms: Gemms,
         workspace_bytes: int,
         operation: str = "policy_head",
         agree: Callable[[int], int] = int,
     ) -> None:
-        """`agree`: from the tokens of a chunk that fit here to those that all ranks take."""
+        """`workspace_bytes`: without the scratch of `gemms`. `agree`: from the tokens of a chunk
+        that fit here to those that all ranks take.
+        """
         self.teacher = teacher
         self.heads = [student] if teacher is None else [student, teacher]
-        self.rows_N, self.dtype = rows_N, dtype
+        self.rows_N, self.dtype, self.operands = rows_N, dtype, gemms.operands
         self.num_tokens = len(student.hidden_ND) if rows_N is None else len(rows_N)
         self.vocabulary = len(student.weight_VD)
-        wide = sum(_wide_columns_bytes(head, dtype) for head in self.heads)
+        copied = sum(_copied_columns_bytes(head, gemms.operands) for head in self.heads)
         self.columns = self.vocabulary
-        if wide:  # a quarter of the workspace holds the widened copy
-            self.columns = max(1, min(self.vocabulary, workspace_bytes // 4 // wide))
+        if copied:  # a quarter of the workspace holds the converted copy
+            self.columns = max(1, min(self.vocabulary, workspace_bytes // 4 // copied))
         row_bytes = sum(self.vocabulary + h.weight_VD.shape[1] for h in self.heads) * dtype.itemsize
-        left = workspace_bytes - wide * self.columns
+        left = workspace_bytes - copied * self.columns
         self.tokens = agree(min(MAX_CHUNK_TOKENS, self.num_tokens, left // row_bytes))
         if self.tokens < 1 and self.num_tokens:
-            raise too_small(operation, workspace_bytes, 2 * row_bytes + 4 * wide)
+            raise too_small(operation, workspace_bytes, 2 * row_bytes + 4 * copied)
         shape = (max(1, self.tokens) * self.vocabulary,)
         self.buffers = [torch.empty(shape, dtype=dtype) for _ in self.heads]
 
@@ -127,9 +131,9 @@ class RowBlocks:
         """Raw logits of the chunk, (R, V), of student and teacher."""
         R = chunk.stop - chunk.start
         logits = [b[: R * self.vocabulary].view(R, self.vocabulary) for b in self.buffers]
-        hidden = [hidden_rows(h, self.rows_N, chunk, self.dtype) for h in self.heads]
+        hidden = [hidden_rows(h, self.rows_N, chunk, self.operands) for h in self.heads]
         for block in slices(self.vocabulary, self.columns):
-            heads = widened_all(self.heads, block, self.dtype)
+            heads = converted_all(self.heads, block, self.operands)
             for head, rows_RD, out_RV in zip(heads, hidden, logits, strict=True):
                 project(out_RV[:, block], rows_RD, *head)
             del heads, head  # before the next block's are made
@@ -141,6 +145,7 @@ def tile_shape(
     teacher: Head | None,
     num_tokens: int,
     dtype: torch.dtype,
+    gemms: Gemms,
     workspace_bytes: int,
     *,
     copies: int,
@@ -152,10 +157,10 @@ def tile_shape(
     """
     V, size = len(student.weight_VD), dtype.itemsize
     widths = [h.weight_VD.shape[1] for h in (student, teacher) if h is not None]
-    # A block is widened and its gradient summed beside it; a filter gathers its columns and
+    # A block is converted and its gradient summed beside it; a filter gathers its columns and
     # their product once more.
-    column = _wide_columns_bytes(student, dtype) + _wide_columns_bytes(teacher, dtype)
-    column += _wide_columns_bytes(student, dtype) + 2 * widths[0] * size * bool(copies)
+    column = sum(_copied_columns_bytes(head, gemms.operands) for head in (student, teacher))
+    column += _copied_columns_bytes(student, dtype) + 2 * widths[0] * size * bool(copies)
     column += 4 * size  # bias, its gradient, the filter's columns
     row = (sum(widths) + widths[0]) * size  # hidden rows of both heads, a product of the student's
     tokens = max(1, min(MAX_CHUNK_TOKENS, num_tokens))
@@ -182,16 +187,19 @@ class TileBlocks:
         rows_N: Tensor | None,
         *,
         dtype: torch.dtype,
+        gemms: Gemms,
         workspace_bytes: int,
         copies: int,
     ) -> None:
-        """`copies`: how many more tensors of the block's shape the caller makes."""
+        """`workspace_bytes`: without the scratch of `gemms`. `copies`: how many more tensors of the
+        block's shape the caller makes.
+        """
         self.heads = [student] if teacher is None else [student, teacher]
-        self.rows_N, self.dtype = rows_N, dtype
+        self.rows_N, self.operands = rows_N, gemms.operands
         self.num_tokens = len(student.hidden_ND) if rows_N is None else len(rows_N)
         self.vocabulary = len(student.weight_VD)
         self.tokens, self.columns = tile_shape(
-            student, teacher, self.num_tokens, dtype, workspace_bytes, copies=copies
+            student, teacher, self.num_tokens, dtype, gemms, workspace_bytes, copies=copies
         )
         shape = (self.tokens * self.columns,)
         self.buffers = [torch.empty(shape, dtype=dtype) for _ in self.heads]
@@ -204,9 +212,9 @@ class TileBlocks:
         """The trained tokens in chunks."""
         return slices(self.num_tokens, self.tokens)
 
-    def widened(self, block: slice) -> list[tuple[Tensor, Tensor | None]]:
-        """Weight and bias of the block, of student and teacher, in the dtype of the sums."""
-        return widened_all(self.heads, block, self.dtype)
+    def converted(self, block: slice) -> list[tuple[Tensor, Tensor | None]]:
+        """Weight and bias of the block, of student and teacher, as the products want them."""
+        return converted_all(self.heads, block, self.operands)
 
     def project(
         self, chunk: slice, hidden_RD: Tensor, heads: list[tuple[Tensor, Tensor | None]]
@@ -216,7 +224,7 @@ class TileBlocks:
         """
         R, B = len(hidden_RD), len(heads[0][0])
         hidden = [hidden_RD]
-        hidden += [hidden_rows(h, self.rows_N, chunk, self.dtype) for h in self.heads[1:]]
+        hidden += [hidden_rows(h, self.rows_N, chunk, self.operands) for h in self.heads[1:]]
         logits = []
         for rows_RD, (weight_BD, bias_B), buffer in zip(hidden, heads, self.buffers, strict=True):
             out_RB = buffer[: R * B].view(R, B)

@@ -1,20 +1,117 @@
-"""Which library multiplies float32 matrices on the CPU.
+"""Who multiplies matrices on the CPU, float32 sums or wider.
 
-PyTorch asks oneDNN where float32 GEMMs may be done in bfloat16, MKL elsewhere. On a CPU without
-bfloat16 matrix units (AMD's EPYC, say) oneDNN then still computes in float32, as exactly as MKL and
-twice as fast. Whether it does is found out once, by a small product.
+- bfloat16 by bfloat16, where the CPU has AVX512-BF16: csrc/gemm_bf16.hpp. PyTorch's own product of
+  them is rounded to bfloat16, which logits must not be.
+- float32: PyTorch asks oneDNN where float32 GEMMs may be done in bfloat16, MKL elsewhere. On a CPU
+  without bfloat16 matrix units (AMD's EPYC, say) oneDNN then still computes in float32, as exactly
+  as MKL and faster. Whether it does is found out once, by a small product.
+- All else: PyTorch's default.
+
+Legend: M rows and N columns of a product, K its depth.
 """
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from fdfast import _cpu
+from fdfast.types import Head
 
 # bfloat16 products would be off by 2e-3, float32 ones by 4e-7.
 FLOAT32_ERROR = 1e-5
-# The most that was seen of it for one thread is 1.1 MiB.
-SCRATCH_BYTES = 2 << 20
+# The most that was seen of oneDNN's for one thread is 1.1 MiB.
+ONEDNN_SCRATCH_BYTES = 2 << 20
+
+
+@dataclass(frozen=True)
+class Gemms:
+    """The products of one op.
+
+    Attributes:
+        operands: the dtype that hidden, weight and dlogits have in them.
+        scratch_bytes: what packed blocks take of the workspace.
+        onednn: whether float32 ones are oneDNN's.
+    """
+
+    operands: torch.dtype
+    scratch_bytes: int = 0
+    onednn: bool = False
+
+    @classmethod
+    def choose(cls, heads: Sequence[Head], dtype: torch.dtype, workspace_bytes: int) -> "Gemms":
+        """The fastest that are exact enough and leave most of the workspace.
+
+        Args:
+            heads: of student and teacher.
+            dtype: of the logits.
+            workspace_bytes: of the op.
+        """
+        threads, room = torch.get_num_threads(), workspace_bytes // 8
+        scratch = _cpu.gemm_bf16_scratch_bytes() * threads
+        if scratch <= room and bfloat16_runs() and all(_is_bfloat16(head) for head in heads):
+            return cls(torch.bfloat16, scratch)
+        scratch = ONEDNN_SCRATCH_BYTES * threads
+        if scratch <= room and dtype == torch.float32:
+            # A product of bfloat16 values in bfloat16 is exact, and one with float32 dlogits as
+            # exact as the gradient that leaves.
+            narrow = all(h.hidden_ND.dtype == h.weight_VD.dtype == torch.bfloat16 for h in heads)
+            if narrow or onednn_keeps_float32():
+                return cls(dtype, scratch, onednn=True)
+        return cls(dtype)
+
+
+@functools.cache
+def bfloat16_runs() -> bool:
+    """Whether this CPU multiplies bfloat16 by csrc."""
+    return _cpu.gemm_bf16_runs()
+
+
+def _is_bfloat16(head: Head) -> bool:
+    hidden_ND, weight_VD = head.hidden_ND, head.weight_VD
+    return hidden_ND.dtype == weight_VD.dtype == torch.bfloat16 and 1 in weight_VD.stride()
+
+
+def write_product(out_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
+    """out = left @ right, in out's dtype; bfloat16 factors only where `Gemms` chose them."""
+    if left_MK.dtype == torch.bfloat16:
+        _bfloat16_product(out_MN, left_MK, right_KN, add=False)
+    else:
+        torch.mm(left_MK, right_KN, out=out_MN)
+
+
+def add_product(out_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
+    """out += left @ right, likewise."""
+    if left_MK.dtype == torch.bfloat16:
+        _bfloat16_product(out_MN, left_MK, right_KN, add=True)
+    else:
+        out_MN.addmm_(left_MK, right_KN)
+
+
+def _bfloat16_product(out_MN: Tensor, left_MK: Tensor, right_KN: Tensor, *, add: bool) -> None:
+    assert out_MN.dtype == torch.float32, "csrc sums in float32"
+    assert out_MN.stride(1) == 1 or out_MN.shape[1] == 1, "csrc wants contiguous rows"
+    assert left_MK.dtype == right_KN.dtype == torch.bfloat16, "csrc multiplies bfloat16"
+    left_MK, right_NK = _packable(left_MK), _packable(right_KN.T)
+    (M, K), N = left_MK.shape, len(right_NK)
+    factors: list[int] = []
+    for factor in (left_MK, right_NK):
+        factors += [factor.data_ptr(), *_strides(factor)]
+    out = (out_MN.data_ptr(), out_MN.stride(0))
+    _cpu.gemm_bf16(*factors, M, N, K, *out, add, torch.get_num_threads())
+
+
+def _packable(factor: Tensor) -> Tensor:
+    return factor if 1 in _strides(factor) else factor.contiguous()
+
+
+def _strides(factor: Tensor) -> tuple[int, int]:
+    """Of lanes and depth; torch's is arbitrary, and without meaning, where the size is 1."""
+    lane, depth = factor.stride()
+    return (1 if len(factor) == 1 and depth != 1 else lane), (1 if factor.shape[1] == 1 else depth)
 
 
 @contextlib.contextmanager
@@ -39,28 +136,10 @@ def onednn_keeps_float32() -> bool:
     return bool((product.double() - truth).norm() / truth.norm() < FLOAT32_ERROR)
 
 
-def onednn_scratch_bytes(*, bfloat16_inputs: bool, workspace_bytes: int) -> int:
-    """What oneDNN's packed blocks take of a workspace; 0 says that MKL is the better choice.
-
-    With bfloat16 inputs a product of them in bfloat16 is exact, and one with float32 dlogits as
-    exact as the gradient that leaves.
-
-    Args:
-        bfloat16_inputs: whether hidden and weight were bfloat16 before they were widened.
-        workspace_bytes: of the op; a small one has no room.
-    """
-    scratch = SCRATCH_BYTES * torch.get_num_threads()
-    if workspace_bytes < 8 * scratch:
-        return 0
-    return scratch if bfloat16_inputs or onednn_keeps_float32() else 0
-
-
 @contextlib.contextmanager
-def fast_gemms(scratch_bytes: int) -> Iterator[None]:
-    """Within, float32 GEMMs are oneDNN's if it was given scratch; the process's own setting is put
-    back.
-    """
-    if scratch_bytes:
+def fast_gemms(onednn: bool) -> Iterator[None]:
+    """Within, float32 GEMMs are oneDNN's if so said; the process's own setting is put back."""
+    if onednn:
         with _onednn():
             yield
     else:

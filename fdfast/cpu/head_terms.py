@@ -237,8 +237,10 @@ class GradTerms:
         *,
         first: int = 0,
         tempered: bool = False,
-    ) -> None:
-        """Replace the student's block, from column `first` on, by the gradient by its raw logits.
+        operands: torch.dtype,
+    ) -> Tensor:
+        """The student's block, from column `first` on, replaced by the gradient by its raw logits,
+        (R, B) in `operands`.
 
         Args:
             student_RB: raw logits, or z if `tempered`.
@@ -246,7 +248,10 @@ class GradTerms:
             rows: which tokens.
             first: the block's first column.
             tempered: see student_RB.
+            operands: the dtype of the logits, or bfloat16 for float32 ones: the gradient is then
+                rounded into the first half of each row.
         """
+        narrow = operands != student_RB.dtype
         stats, ids_NK, dz_NK = self.stats, self.topk_ids_NK, self.topk_dz_NK
         call(
             "head_grads",
@@ -256,6 +261,7 @@ class GradTerms:
             *student_RB.shape,
             first,
             tempered,
+            narrow,
             self.math,
             torch.get_num_threads(),
             stats.norm_N2[rows],
@@ -270,6 +276,7 @@ class GradTerms:
             None if dz_NK is None else dz_NK[rows],
             0 if ids_NK is None else ids_NK.shape[1],
         )
+        return student_RB.view(operands)[:, : student_RB.shape[1]] if narrow else student_RB
 
 
 def filter_threshold(dlogits_RV: Tensor, share: float) -> tuple[Tensor, Tensor]:

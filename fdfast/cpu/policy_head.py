@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from fdfast.cpu.blocks import RowBlocks, TileBlocks, hidden_rows, tile_shape
-from fdfast.cpu.gemm import fast_gemms, onednn_scratch_bytes
+from fdfast.cpu.gemm import Gemms, fast_gemms
+from fdfast.cpu.grad_sums import Gradients, GradSums
 from fdfast.cpu.head_terms import (
     GradTerms,
     HeadStats,
@@ -40,8 +41,9 @@ from fdfast.types import Head, HeadOptions, TeacherTopK
 # The filter's second sweep sees logits that differ by a rounding; this much of the bound is kept
 # for it.
 FILTER_MARGIN = 1e-3
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+# With fewer tokens a chunk, reading and writing a float32 sum of the whole weight's gradient costs
+# more than projecting again.
+MIN_CHUNK_TOKENS = 64
 
 
 def policy_head_fwd(
@@ -61,19 +63,21 @@ def policy_head_fwd(
         options: everything that is no tensor.
         rows_N: which of the M tokens are trained; None for all.
     """
-    blocks = _row_blocks(student, teacher, options, rows_N)
+    gemms = _gemms(student, teacher, options)
+    blocks = _row_blocks(student, teacher, options, rows_N, gemms)
     # A workspace that is too small for the backward pass is an error before any work is done.
     tile_shape(
         student,
         blocks.teacher,
         len(targets_N),
         blocks.dtype,
-        _logits_bytes(student, options),
+        gemms,
+        options.workspace_bytes - gemms.scratch_bytes,
         copies=_filter_copies(options),
     )
     stats = HeadStats.empty(len(targets_N), teacher)
     fill = fill_statistics if options.vocabulary_slice is None else fill_sliced_statistics
-    with fast_gemms(_scratch_bytes(student, options)):
+    with fast_gemms(gemms.onednn):
         for rows in blocks.chunks():
             student_RV, teacher_RV = blocks.project(rows)
             topk = _topk_rows(teacher, rows)
@@ -105,29 +109,39 @@ def policy_head_bwd(
         needs: which of hidden, weight and bias want a gradient.
     """
     terms = GradTerms(targets_N, teacher, stats, upstream, options)
-    sums = _GradSums(student, needs, rows_N)
+    sums = GradSums(student, needs, rows_N)
     threshold_N = total_N = kept_N = torch.zeros(len(targets_N), dtype=torch.float64)
     filtered = options.grad_filter is not None
     ranks = options.vocabulary_slice
     first = 0 if ranks is None else ranks.first  # targets and top-k ids are global
-    with fast_gemms(_scratch_bytes(student, options)):
+    gemms = _gemms(student, teacher, options)
+    with fast_gemms(gemms.onednn):
         if filtered:
-            threshold_N, total_N = _filter_thresholds(terms, student, teacher, options, rows_N)
+            blocks_of_rows = _row_blocks(student, teacher, options, rows_N, gemms)
+            threshold_N, total_N = _filter_thresholds(terms, blocks_of_rows, options)
+            del blocks_of_rows
         blocks = TileBlocks(
             student,
             teacher if isinstance(teacher, Head) else None,
             rows_N,
             dtype=sums.dtype,
-            workspace_bytes=_logits_bytes(student, options),
+            gemms=gemms,
+            workspace_bytes=options.workspace_bytes - gemms.scratch_bytes,
             copies=_filter_copies(options),
         )
         for block in blocks.vocabulary_blocks():
-            heads = blocks.widened(block)
+            heads = blocks.converted(block)
             sum_BD = sums.weight_block(block)
             for rows in blocks.chunks():
-                hidden_RD = hidden_rows(student, rows_N, rows, sums.dtype)
-                dlogits_RB, teacher_RB = blocks.project(rows, hidden_RD, heads)
-                terms.apply(dlogits_RB, teacher_RB, rows, first=first + block.start)
+                hidden_RD = hidden_rows(student, rows_N, rows, gemms.operands)
+                student_RB, teacher_RB = blocks.project(rows, hidden_RD, heads)
+                dlogits_RB = terms.apply(
+                    student_RB,
+                    teacher_RB,
+                    rows,
+                    first=first + block.start,
+                    operands=sums.dtype if filtered else gemms.operands,
+                )
                 columns = None
                 if filtered:
                     columns, kept_R = _active_columns(dlogits_RB, threshold_N[rows])
@@ -144,11 +158,24 @@ def policy_head_bwd(
 def can_chunk(student: Head, needs: tuple[bool, bool, bool], options: HeadOptions) -> bool:
     """Whether the token-chunk way stays in its workspace.
 
-    A weight narrower than the sums would want a copy of them, a filter gathers columns of whole
-    rows.
+    A filter gathers columns of whole rows. A weight narrower than the sums wants a copy of itself
+    in their dtype, beside which there must be room for MIN_CHUNK_TOKENS.
     """
-    wide = student.weight_VD.dtype == statistics_dtype(student.hidden_ND, student.weight_VD)
-    return options.grad_filter is None and (wide or not needs[1])
+    if options.grad_filter is not None:
+        return False
+    dtype = statistics_dtype(student.hidden_ND, student.weight_VD)
+    copy = _weight_sum_bytes(student, needs)
+    row_bytes = 2 * dtype.itemsize * sum(student.weight_VD.shape)  # of student and teacher
+    tokens = min(MIN_CHUNK_TOKENS, len(student.hidden_ND))
+    return not copy or copy + tokens * row_bytes <= options.workspace_bytes // 8 * 7
+
+
+def _weight_sum_bytes(student: Head, needs: tuple[bool, bool, bool]) -> int:
+    """Bytes of the sum of the weight's gradient where the gradient itself is too narrow for it."""
+    dtype = statistics_dtype(student.hidden_ND, student.weight_VD)
+    if not needs[1] or student.weight_VD.dtype == dtype:
+        return 0
+    return student.weight_VD.numel() * dtype.itemsize
 
 
 def policy_head_loss_fwd(
@@ -173,13 +200,15 @@ def policy_head_loss_fwd(
             differentiable.
         needs: which of hidden, weight and bias want a gradient.
     """
-    blocks = _row_blocks(student, teacher, options, rows_N)
+    gemms = _gemms(student, teacher, options)
+    reserved = _weight_sum_bytes(student, needs)
+    blocks = _row_blocks(student, teacher, options, rows_N, gemms, reserved_bytes=reserved)
     stats = HeadStats.empty(len(targets_N), teacher)
-    sums = _GradSums(student, needs, rows_N)
+    sums = GradSums(student, needs, rows_N)
     total = torch.zeros((), dtype=blocks.dtype)
     everything = slice(0, len(student.weight_VD))
     weight_sum_VD = sums.weight_block(everything)
-    with fast_gemms(_scratch_bytes(student, options)):
+    with fast_gemms(gemms.onednn):
         for rows in blocks.chunks():
             student_RV, teacher_RV = blocks.project(rows)
             chunk, topk = stats.rows(rows), _topk_rows(teacher, rows)
@@ -187,24 +216,21 @@ def policy_head_loss_fwd(
             loss, upstream = _upstream(chunk, rows, token_loss, blocks.dtype)
             total += loss
             terms = GradTerms(targets_N[rows], topk, chunk, upstream, options)
-            terms.apply(student_RV, teacher_RV, slice(None), tempered=True)
-            hidden_RD = hidden_rows(student, rows_N, rows, blocks.dtype)
-            sums.add(student_RV, None, hidden_RD, student.weight_VD, weight_sum_VD, rows)
-            sums.add_bias(student_RV, everything)
+            dlogits_RV = terms.apply(
+                student_RV, teacher_RV, slice(None), tempered=True, operands=gemms.operands
+            )
+            hidden_RD = hidden_rows(student, rows_N, rows, gemms.operands)
+            sums.add(dlogits_RV, None, hidden_RD, student.weight_VD, weight_sum_VD, rows)
+            sums.add_bias(dlogits_RV, everything)
+    sums.finish(everything, weight_sum_VD)
     fields = _fields(stats, teacher, blocks.dtype)
     return total, fields, sums.results()
 
 
-def _scratch_bytes(student: Head, options: HeadOptions) -> int:
-    bfloat16_inputs = student.hidden_ND.dtype == student.weight_VD.dtype == torch.bfloat16
-    return onednn_scratch_bytes(
-        bfloat16_inputs=bfloat16_inputs, workspace_bytes=options.workspace_bytes
-    )
-
-
-def _logits_bytes(student: Head, options: HeadOptions) -> int:
-    """What of the workspace is left for blocks of logits."""
-    return options.workspace_bytes - _scratch_bytes(student, options)
+def _gemms(student: Head, teacher: Head | TeacherTopK | None, options: HeadOptions) -> Gemms:
+    heads = [student, teacher] if isinstance(teacher, Head) else [student]
+    dtype = statistics_dtype(student.hidden_ND, student.weight_VD)
+    return Gemms.choose(heads, dtype, options.workspace_bytes)
 
 
 def _row_blocks(
@@ -212,6 +238,9 @@ def _row_blocks(
     teacher: Head | TeacherTopK | None,
     options: HeadOptions,
     rows_N: Tensor | None,
+    gemms: Gemms,
+    *,
+    reserved_bytes: int = 0,
 ) -> RowBlocks:
     ranks = options.vocabulary_slice
     return RowBlocks(
@@ -219,7 +248,8 @@ def _row_blocks(
         teacher if isinstance(teacher, Head) else None,
         rows_N,
         dtype=statistics_dtype(student.hidden_ND, student.weight_VD),
-        workspace_bytes=_logits_bytes(student, options),
+        gemms=gemms,
+        workspace_bytes=options.workspace_bytes - gemms.scratch_bytes - reserved_bytes,
         agree=int if ranks is None else ranks.least,
     )
 
@@ -265,21 +295,16 @@ def _filter_copies(options: HeadOptions) -> int:
 
 
 def _filter_thresholds(
-    terms: GradTerms,
-    student: Head,
-    teacher: Head | TeacherTopK | None,
-    options: HeadOptions,
-    rows_N: Tensor | None,
+    terms: GradTerms, blocks: RowBlocks, options: HeadOptions
 ) -> tuple[Tensor, Tensor]:
     """For each token the size below which |dlogits| may be dropped, and the sum of |dlogits|, (N,)
     float64.
     """
     assert options.grad_filter is not None
-    blocks = _row_blocks(student, teacher, options, rows_N)
     threshold_N, total_N = torch.zeros(2, blocks.num_tokens, dtype=torch.float64)
     for rows in blocks.chunks():
-        dlogits_RV, teacher_RV = blocks.project(rows)
-        terms.apply(dlogits_RV, teacher_RV, rows)
+        student_RV, teacher_RV = blocks.project(rows)
+        dlogits_RV = terms.apply(student_RV, teacher_RV, rows, operands=blocks.dtype)
         share = options.grad_filter * (1 - FILTER_MARGIN)
         threshold_N[rows], total_N[rows] = filter_threshold(dlogits_RV, share)
     return threshold_N, total_N
@@ -296,74 +321,3 @@ def _active_columns(dlogits_RB: Tensor, threshold_R: Tensor) -> tuple[Tensor, Te
 def _dropped(kept_N: Tensor, total_N: Tensor, dtype: torch.dtype) -> Tensor:
     """1 - kept / total; a token whose gradient is 0 loses nothing."""
     return torch.where(total_N > 0, 1.0 - kept_N / total_N, 0.0).clamp(min=0.0).to(dtype)
-
-
-class _GradSums:
-    """The gradients while they are added up, in the statistics dtype: in place where that is the
-    input's own.
-    """
-
-    def __init__(
-        self, student: Head, needs: tuple[bool, bool, bool], rows_N: Tensor | None
-    ) -> None:
-        self.student, self.rows_N = student, rows_N
-        hidden_MD, weight_VD, bias_V = student
-        self.dtype = statistics_dtype(hidden_MD, weight_VD)
-        self.hidden_MD = torch.zeros_like(hidden_MD, dtype=self.dtype) if needs[0] else None
-        contiguous = torch.contiguous_format
-        self.weight_VD = torch.zeros_like(weight_VD, memory_format=contiguous) if needs[1] else None
-        self.bias_V = None
-        if needs[2] and bias_V is not None:
-            self.bias_V = torch.zeros_like(bias_V, dtype=self.dtype)
-
-    def weight_block(self, block: slice) -> Tensor | None:
-        """The sum of a vocabulary block, (B, D); the gradient itself where its dtype allows."""
-        return None if self.weight_VD is None else self.weight_VD[block].to(self.dtype)
-
-    def finish(self, block: slice, sum_BD: Tensor | None) -> None:
-        """Round a finished block to the weight's dtype."""
-        if (
-            self.weight_VD is not None
-            and sum_BD is not None
-            and sum_BD.dtype != self.weight_VD.dtype
-        ):
-            self.weight_VD[block] = sum_BD
-
-    def add(
-        self,
-        dlogits_RB: Tensor,
-        columns: Tensor | None,
-        hidden_RD: Tensor,
-        weight_BD: Tensor,
-        sum_BD: Tensor | None,
-        rows: slice,
-    ) -> None:
-        """dweight += dlogits.T @ hidden and dhidden += dlogits @ weight, on these columns only
-        (None for all).
-        """
-        if columns is not None:
-            dlogits_RB, weight_BD = dlogits_RB[:, columns], weight_BD[columns]
-        if sum_BD is not None and columns is None:
-            sum_BD.addmm_(dlogits_RB.T, hidden_RD)
-        elif sum_BD is not None and columns is not None:
-            sum_BD.index_add_(0, columns, dlogits_RB.T @ hidden_RD)
-        if self.hidden_MD is None:
-            return
-        if self.rows_N is None:
-            self.hidden_MD[rows].addmm_(dlogits_RB, weight_BD.to(self.dtype))
-        else:
-            self.hidden_MD.index_add_(0, self.rows_N[rows], dlogits_RB @ weight_BD.to(self.dtype))
-
-    def add_bias(self, dlogits_RB: Tensor, block: slice) -> None:
-        """dbias += the columns' sums."""
-        if self.bias_V is not None:
-            self.bias_V[block] += dlogits_RB.sum(0)
-
-    def results(self) -> Gradients:
-        """hidden, weight, bias, each in its input's dtype."""
-        hidden_MD, _, bias_V = self.student
-        dhidden_MD = None if self.hidden_MD is None else self.hidden_MD.to(hidden_MD.dtype)
-        dbias_V = self.bias_V
-        if dbias_V is not None and bias_V is not None:
-            dbias_V = dbias_V.to(bias_V.dtype)
-        return dhidden_MD, self.weight_VD, dbias_V

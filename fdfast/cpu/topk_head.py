@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fdfast.cpu.blocks import RowBlocks, call
+from fdfast.cpu.gemm import Gemms, fast_gemms
 from fdfast.reference import statistics_dtype
 from fdfast.types import Head
 
@@ -19,11 +20,19 @@ def topk_head_fwd(
     dtype = statistics_dtype(head.hidden_ND, head.weight_VD)
     ids_NK = torch.zeros(N, k, dtype=torch.int64)
     logprobs_NK = torch.zeros(N, k, dtype=torch.float64)
+    gemms = Gemms.choose([head], dtype, workspace_bytes)
     blocks = RowBlocks(
-        head, None, None, dtype=dtype, workspace_bytes=workspace_bytes, operation="topk_head"
+        head,
+        None,
+        None,
+        dtype=dtype,
+        gemms=gemms,
+        workspace_bytes=workspace_bytes - gemms.scratch_bytes,
+        operation="topk_head",
     )
     for rows in blocks.chunks():
-        logits_RV, _ = blocks.project(rows)
+        with fast_gemms(gemms.onednn):
+            logits_RV, _ = blocks.project(rows)
         if logit_softcap is not None:
             logits_RV.div_(logit_softcap).tanh_().mul_(logit_softcap)
         logits_RV /= temperature
