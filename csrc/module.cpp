@@ -61,9 +61,30 @@ void bind(py::module_& m, const char* suffix) {
       },
       no_gil);
   m.def(
+      name("narrow_rows_").c_str(),
+      [](uintptr_t x, int64_t R, int64_t V, int threads) { narrow_rows(at<T>(x), R, V, threads); }, no_gil);
+  m.def(
       name("row_thresholds_").c_str(),
-      [](uintptr_t x, int64_t R, int64_t V, double share, int threads, uintptr_t threshold, uintptr_t total) {
-        row_thresholds(at<const T>(x), R, V, share, threads, at<double>(threshold), at<double>(total));
+      [](uintptr_t x, int64_t R, int64_t V, double share, int threads, uintptr_t threshold, uintptr_t total,
+         uintptr_t needed) {
+        row_thresholds(at<const T>(x), R, V, share, threads, at<double>(threshold), at<double>(total),
+                       at<int64_t>(needed));
+      },
+      no_gil);
+  m.def(
+      name("sparse_dhidden_").c_str(),
+      [](uintptr_t dlogits, int64_t R, int64_t V, uintptr_t threshold, uintptr_t weight, bool bf16, int64_t D,
+         int threads, uintptr_t dhidden, uintptr_t kept) {
+        sparse_dhidden(at<const T>(dlogits), R, V, at<const double>(threshold), at<const void>(weight), bf16, D,
+                       threads, at<T>(dhidden), at<double>(kept));
+      },
+      no_gil);
+  m.def(
+      name("sparse_dweight_").c_str(),
+      [](uintptr_t dlogits, int64_t R, int64_t V, uintptr_t threshold, uintptr_t hidden, bool bf16, int64_t D,
+         int threads, uintptr_t dweight) {
+        sparse_dweight(at<const T>(dlogits), R, V, at<const double>(threshold), at<const void>(hidden), bf16, D,
+                       threads, at<T>(dweight));
       },
       no_gil);
 }

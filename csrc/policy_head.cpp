@@ -128,25 +128,108 @@ void head_grads(T* student, T* teacher, int64_t R, int64_t V, int64_t first, boo
 }
 
 template <typename T>
-void row_thresholds(const T* x, int64_t R, int64_t V, double share, int threads, double* threshold, double* total) {
+void narrow_rows(T* x, int64_t R, int64_t V, int threads) {
+  if constexpr (std::is_same_v<T, float>) for_rows(R, threads, [&](int64_t r) { loops<T>().narrow(x + r * V, V); });
+}
+
+template <typename T>
+void row_thresholds(const T* x, int64_t R, int64_t V, double share, int threads, double* threshold, double* total,
+                    int64_t* needed) {
+  using Int = typename Bits<T>::Int;
   constexpr int kShift = Bits<T>::kMantissa - 3;
-  for_rows(R, threads, [&](int64_t r) {
-    std::vector<double> bins(size_t{1} << (Bits<T>::kExponent + 3));
-    double sum = 0.0;
-    for (int64_t v = 0; v < V; ++v) {
-      const T magnitude = std::abs(x[r * V + v]);
-      typename Bits<T>::Int bits;
-      std::memcpy(&bits, &magnitude, sizeof bits);
-      bins[bits >> kShift] += magnitude;
-      sum += magnitude;
-    }
-    size_t bin = 0;
-    for (double below = 0.0; bin + 1 < bins.size() && below + bins[bin] <= share * sum; ++bin) below += bins[bin];
-    const auto edge = static_cast<typename Bits<T>::Int>(bin) << kShift;
+  const auto edge = [](Int bin) {
+    const Int bits = bin << kShift;
     T value;
-    std::memcpy(&value, &edge, sizeof value);
-    threshold[r] = value;
-    total[r] = sum;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  };
+  for_rows(R, threads, [&](int64_t r) {
+    const T* row = x + r * V;
+    // Halving, with all below `low` within the share, and not all below `high`, infinity at first.
+    Int low = 0, high = ((Int{1} << Bits<T>::kExponent) - 1) << 3;
+    total[r] = loops<T>().mass(row, V, edge(high));
+    while (high - low > 1) {
+      const Int middle = low + (high - low) / 2;
+      (loops<T>().mass(row, V, edge(middle)) <= share * total[r] ? low : high) = middle;
+    }
+    threshold[r] = edge(low);
+    needed[r] = 0;
+    for (int64_t v = 0; v < V; ++v) needed[r] += !(std::abs(row[v]) < edge(low));
+  });
+}
+
+namespace {
+
+constexpr int64_t kSparseColumns = 128;  // whose weights stay in a second-level cache while the rows go by
+constexpr int64_t kLineColumns = 16;
+
+// sum += values[i] * rows[index[i]] for rows of either type.
+template <typename T>
+void add_rows(const std::vector<T>& values, const std::vector<int32_t>& index, int64_t n, const void* rows, bool bf16,
+              int64_t D, T* sum) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (bf16) {
+      const auto* bf16_rows = static_cast<const uint16_t*>(rows);
+      return loops<T>().add_rows_bf16(values.data(), index.data(), n, bf16_rows, D, sum);
+    }
+  }
+  loops<T>().add_rows(values.data(), index.data(), n, static_cast<const T*>(rows), D, sum);
+}
+
+}  // namespace
+
+template <typename T>
+void sparse_dhidden(const T* dlogits, int64_t R, int64_t V, const double* threshold, const void* weight, bool bf16,
+                    int64_t D, int threads, T* dhidden, double* kept) {
+  const int64_t row_bytes = D * (bf16 ? sizeof(uint16_t) : sizeof(T));
+  for_shares(R, threads, [&](int64_t begin, int64_t end) {
+    std::vector<T> values(kSparseColumns);
+    std::vector<int32_t> index(kSparseColumns);
+    for (int64_t v = 0; v < V; v += kSparseColumns) {
+      const int64_t columns = std::min(kSparseColumns, V - v);
+      for (int64_t r = begin; r < end; ++r) {
+        const T* row = dlogits + r * V + v;
+        const T least = static_cast<T>(threshold[r]);
+        int64_t n = 0;
+        for (int64_t i = 0; i < columns; ++i) {
+          values[n] = row[i];
+          index[n] = static_cast<int32_t>(i);
+          n += !(std::abs(row[i]) < least);  // a NaN is never dropped
+        }
+        double sum = 0.0;
+        for (int64_t i = 0; i < n; ++i) sum += std::abs(values[i]);
+        kept[r] += sum;
+        if (dhidden != nullptr) {
+          add_rows(values, index, n, static_cast<const char*>(weight) + v * row_bytes, bf16, D, dhidden + r * D);
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+void sparse_dweight(const T* dlogits, int64_t R, int64_t V, const double* threshold, const void* hidden, bool bf16,
+                    int64_t D, int threads, T* dweight) {
+  for_shares(V, threads, [&](int64_t begin, int64_t end) {
+    std::vector<T> values(R);
+    std::vector<int32_t> index(R);
+    std::vector<T> column(R * kLineColumns);
+    for (int64_t v = begin; v < end; v += kLineColumns) {
+      const int64_t columns = std::min(kLineColumns, end - v);
+      for (int64_t r = 0; r < R; ++r) {  // a line of memory at a time
+        for (int64_t i = 0; i < columns; ++i) column[i * R + r] = dlogits[r * V + v + i];
+      }
+      for (int64_t i = 0; i < columns; ++i) {
+        int64_t n = 0;
+        for (int64_t r = 0; r < R; ++r) {
+          const T x = column[i * R + r];
+          values[n] = x;
+          index[n] = static_cast<int32_t>(r);
+          n += !(std::abs(x) < static_cast<T>(threshold[r]));
+        }
+        add_rows(values, index, n, hidden, bf16, D, dweight + (v + i) * D);
+      }
+    }
   });
 }
 
@@ -159,7 +242,11 @@ void row_thresholds(const T* x, int64_t R, int64_t V, double share, int threads,
   template void head_grads<T>(T*, T*, int64_t, int64_t, int64_t, bool, bool, const HeadMath&, int, const RowNorm*,     \
                               const RowNorm*, const double*, const double*, const double*, const double*,              \
                               const int64_t*, const double*, const int64_t*, const double*, int64_t);                  \
-  template void row_thresholds<T>(const T*, int64_t, int64_t, double, int, double*, double*);
+  template void narrow_rows<T>(T*, int64_t, int64_t, int);                                                             \
+  template void row_thresholds<T>(const T*, int64_t, int64_t, double, int, double*, double*, int64_t*);                       \
+  template void sparse_dhidden<T>(const T*, int64_t, int64_t, const double*, const void*, bool, int64_t, int, T*,      \
+                                  double*);                                                                            \
+  template void sparse_dweight<T>(const T*, int64_t, int64_t, const double*, const void*, bool, int64_t, int, T*);
 FDFAST_INSTANTIATE(float)
 FDFAST_INSTANTIATE(double)
 

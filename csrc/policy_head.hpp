@@ -59,9 +59,24 @@ void head_grads(T* student, T* teacher, int64_t R, int64_t V, int64_t first, boo
                 const int64_t* targets, const double* coef_target, const int64_t* topk_ids, const double* topk_dz,
                 int64_t K);
 
-// For each row the largest `threshold` such that all entries below it sum to at most `share` of the row's sum |x|,
-// to within a bin of 1/8 octave; `total` is that sum.
+// Rounds rows to bfloat16 in place, each into the first half of its bytes; nothing for double.
 template <typename T>
-void row_thresholds(const T* x, int64_t R, int64_t V, double share, int threads, double* threshold, double* total);
+void narrow_rows(T* x, int64_t R, int64_t V, int threads);
+
+// For each row the largest `threshold` such that all entries below it sum to at most `share` of the row's sum |x|,
+// to within a bin of 1/8 octave; `total` is that sum, `needed` counts the others. A NaN is never below.
+template <typename T>
+void row_thresholds(const T* x, int64_t R, int64_t V, double share, int threads, double* threshold, double* total,
+                    int64_t* needed);
+
+// The products of dlogits (R, V) with the |dlogits| below each row's threshold left out: dhidden (R, D; may be null) +=
+// dlogits weight (V, D), and dweight (V, D) += dlogits^T hidden (R, D). weight and hidden are T or, for float, bfloat16
+// if `bf16`. kept (R) += the |dlogits| that are not left out. A sum runs in one order, whatever the threads.
+template <typename T>
+void sparse_dhidden(const T* dlogits, int64_t R, int64_t V, const double* threshold, const void* weight, bool bf16,
+                    int64_t D, int threads, T* dhidden, double* kept);
+template <typename T>
+void sparse_dweight(const T* dlogits, int64_t R, int64_t V, const double* threshold, const void* hidden, bool bf16,
+                    int64_t D, int threads, T* dweight);
 
 }  // namespace fdfast

@@ -13,7 +13,8 @@ struct RowCoefs {
 };
 
 // `norm`, `divergence` and `gradient` take z. `weighted` (may be null) receives sum p (z - max). `narrow` rounds a row
-// to bfloat16 in place, into the first half of its bytes; null for double.
+// to bfloat16 in place, into the first half of its bytes; null for double. `mass` is the sum of the |x| below `edge`.
+// `add_rows` adds values[i] * rows[index[i]], i < n, to sum (D); `add_rows_bf16` takes bfloat16 rows; null for double.
 template <typename T>
 struct RowLoops {
   void (*temper)(T* row, int64_t V, T softcap, T inv_temperature);
@@ -22,6 +23,9 @@ struct RowLoops {
                      double* center);
   void (*gradient)(T* s, const T* t, int64_t V, const HeadMath& math, RowNorm n, RowNorm m, RowCoefs coefs);
   void (*narrow)(T* row, int64_t V);
+  double (*mass)(const T* x, int64_t V, T edge);
+  void (*add_rows)(const T* values, const int32_t* index, int64_t n, const T* rows, int64_t D, T* sum);
+  void (*add_rows_bf16)(const T* values, const int32_t* index, int64_t n, const uint16_t* rows, int64_t D, T* sum);
 };
 
 namespace generic {

@@ -375,15 +375,76 @@ void narrow_row(float* row, int64_t V) {
   });
 }
 
+// The sum of the |x| below `edge`.
+template <typename T>
+double mass_below(const T* x, int64_t V, T edge) {
+  double mass = 0.0;
+  for (int64_t begin = 0; begin < V; begin += kStrip) {
+    Vec<T> sums[4] = {};  // their additions don't wait for each other
+    int64_t next = 0;
+    for_vectors<T>(begin, strip_end(begin, V), [&](int64_t v, auto extent) __attribute__((always_inline)) {
+      const Vec<T> size = abs_(load(x + v, extent));  // past the end is infinity, below nothing
+      sums[next++ % 4] += size < edge ? size : Vec<T>{};
+    });
+    mass += total<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+  return mass;
+}
+
+FDFAST_INLINE VecF load_row(const uint16_t* at, Whole) {
+  typedef uint16_t Half __attribute__((vector_size(32)));
+  typedef uint32_t Bits __attribute__((vector_size(64)));
+  Half half;
+  __builtin_memcpy(&half, at, sizeof half);
+  return (VecF)(__builtin_convertvector(half, Bits) << 16);
+}
+FDFAST_INLINE VecF load_row(const uint16_t* at, Part part) {
+  uint16_t whole[kLanes<float>] = {};
+  __builtin_memcpy(whole, at, part.lanes * sizeof(uint16_t));
+  return load_row(whole, Whole{});
+}
+template <typename T>
+FDFAST_INLINE Vec<T> load_row(const T* at, Whole whole) {
+  return load(at, whole);
+}
+template <typename T>
+FDFAST_INLINE Vec<T> load_row(const T* at, Part part) {
+  return load(at, part);
+}
+
+constexpr int64_t kStrands = 6;  // sums that stay in registers, of AVX2 too, while the rows go by
+
+template <typename T, typename Row>
+void add_rows(const T* values, const int32_t* index, int64_t n, const Row* rows, int64_t D, T* sum) {
+  int64_t d = 0;
+  for (; d + kStrands * kLanes<T> <= D; d += kStrands * kLanes<T>) {
+    Vec<T> sums[kStrands];
+#pragma GCC unroll 6
+    for (int64_t j = 0; j < kStrands; ++j) sums[j] = load(sum + d + j * kLanes<T>, Whole{});
+    for (int64_t i = 0; i < n; ++i) {
+      const Row* row = rows + index[i] * D + d;
+#pragma GCC unroll 6
+      for (int64_t j = 0; j < kStrands; ++j) sums[j] += values[i] * load_row(row + j * kLanes<T>, Whole{});
+    }
+#pragma GCC unroll 6
+    for (int64_t j = 0; j < kStrands; ++j) store(sum + d + j * kLanes<T>, Whole{}, sums[j]);
+  }
+  for_vectors<T>(d, D, [&](int64_t at, auto extent) __attribute__((always_inline)) {
+    Vec<T> strand = load(sum + at, extent);
+    for (int64_t i = 0; i < n; ++i) strand += values[i] * load_row(rows + index[i] * D + at, extent);
+    store(sum + at, extent, strand);
+  });
+}
+
 }  // namespace
 
 RowLoops<float> float_loops() {
   return {temper_row<float>, norm_row<float>, divergence_of_row<float>, gradient_of_row<float>,
-          narrow_row};
+          narrow_row, mass_below<float>, add_rows<float, float>, add_rows<float, uint16_t>};
 }
 RowLoops<double> double_loops() {
   return {temper_row<double>, norm_row<double>, divergence_of_row<double>, gradient_of_row<double>,
-          nullptr};
+          nullptr, mass_below<double>, add_rows<double, double>, nullptr};
 }
 
 }  // namespace fdfast::FDFAST_ROWS

@@ -132,20 +132,28 @@ def test_the_rows_of_csrc_are_the_same_bits_with_any_number_of_threads(
         divergence=divergence.code, alpha=0.5, temperature=0.8, teacher_temperature=1.2, softcap=9.0
     )
     targets_R = torch.randint(V, (R,), generator=generator(37))
+    hidden_RD, weight_VD = torch.ones(R, 5), torch.randn(V, 5, generator=generator(39))
 
     def statistics_and_gradients(threads: int) -> list[torch.Tensor]:
         logits_RV = torch.randn(2, R, V, generator=generator(38))
         raw_RV = logits_RV.clone()
         pairs_R2, rows_R = torch.zeros(2, R, 2, dtype=F64), torch.ones(8, R, dtype=F64)
-        argmax_R = torch.zeros(R, dtype=torch.int64)
+        argmax_R, needed_R = torch.zeros(2, R, dtype=torch.int64)
         outputs = (*rows_R[:4], argmax_R)
         shape = (R, V, targets_R, math, threads)
         call("head_stats", F32, *logits_RV, *shape, *pairs_R2, *outputs)
         shape = (R, V, 0, False, False, math, threads)
         given = (*pairs_R2, rows_R[3], *rows_R[4:7], targets_R, rows_R[7], None, None, 0)
         call("head_grads", F32, *raw_RV, *shape, *given)
-        call("row_thresholds", F32, raw_RV[0], R, V, 0.05, threads, rows_R[4], rows_R[5])
-        return [logits_RV, pairs_R2, rows_R, argmax_R, raw_RV]
+        given = (0.05, threads, rows_R[4], rows_R[5], needed_R)
+        call("row_thresholds", F32, raw_RV[0], R, V, *given)
+        sums_RD, sums_VD = torch.zeros(R, 5), torch.zeros(V, 5)
+        given = (rows_R[4], weight_VD, False, 5, threads, sums_RD, rows_R[6])
+        call("sparse_dhidden", F32, raw_RV[0], R, V, *given)
+        call(
+            "sparse_dweight", F32, raw_RV[0], R, V, rows_R[4], hidden_RD, False, 5, threads, sums_VD
+        )
+        return [logits_RV, pairs_R2, rows_R, argmax_R, raw_RV, needed_R, sums_RD, sums_VD]
 
     one = statistics_and_gradients(1)
     for threads in (2, 3, 16):

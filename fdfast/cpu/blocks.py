@@ -2,9 +2,10 @@
 operations of this folder.
 
 Legend: N trained tokens, D hidden, V vocabulary, R tokens of a chunk, B vocabulary columns of a
-block.
+block, S student and teacher, if there is one.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -48,11 +49,23 @@ def hidden_rows(head: Head, rows_N: Tensor | None, chunk: slice, dtype: torch.dt
     return head.hidden_ND.index_select(0, rows_N[chunk]).to(dtype)
 
 
-def project(out_RB: Tensor, hidden_RD: Tensor, weight_BD: Tensor, bias_B: Tensor | None) -> None:
-    """Raw logits of one block: hidden @ weight.T + bias."""
-    write_product(out_RB, hidden_RD, weight_BD.T)
-    if bias_B is not None:
-        out_RB += bias_B
+def project(
+    out_SRB: Tensor, hidden: list[Tensor], heads: list[tuple[Tensor, Tensor | None]]
+) -> None:
+    """Raw logits of one block: hidden @ weight.T + bias, of student and teacher, if there is one.
+
+    A weight that both share in bfloat16 is packed once for both; the bits of a row don't depend on
+    its neighbours there, as they may in PyTorch's GEMMs.
+    """
+    weight_BD = heads[0][0]
+    if len(heads) == 2 and heads[1][0] is weight_BD and weight_BD.dtype == torch.bfloat16:
+        write_product(out_SRB.flatten(0, 1), torch.cat(hidden), weight_BD.T)
+    else:
+        for out_RB, rows_RD, (other_BD, _) in zip(out_SRB, hidden, heads, strict=True):
+            write_product(out_RB, rows_RD, other_BD.T)
+    for out_RB, (_, bias_B) in zip(out_SRB, heads, strict=True):
+        if bias_B is not None:
+            out_RB.add_(bias_B)
 
 
 def converted(head: Head, block: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -120,8 +133,8 @@ class RowBlocks:
         self.tokens = agree(min(MAX_CHUNK_TOKENS, self.num_tokens, left // row_bytes))
         if self.tokens < 1 and self.num_tokens:
             raise too_small(operation, workspace_bytes, 2 * row_bytes + 4 * copied)
-        shape = (max(1, self.tokens) * self.vocabulary,)
-        self.buffers = [torch.empty(shape, dtype=dtype) for _ in self.heads]
+        size = len(self.heads) * max(1, self.tokens) * self.vocabulary
+        self.buffer = torch.empty(size, dtype=dtype)
 
     def chunks(self) -> Iterator[slice]:
         """The trained tokens in chunks."""
@@ -130,14 +143,14 @@ class RowBlocks:
     def project(self, chunk: slice) -> tuple[Tensor, Tensor | None]:
         """Raw logits of the chunk, (R, V), of student and teacher."""
         R = chunk.stop - chunk.start
-        logits = [b[: R * self.vocabulary].view(R, self.vocabulary) for b in self.buffers]
+        shape = (len(self.heads), R, self.vocabulary)
+        logits_SRV = self.buffer[: math.prod(shape)].view(shape)
         hidden = [hidden_rows(h, self.rows_N, chunk, self.operands) for h in self.heads]
         for block in slices(self.vocabulary, self.columns):
             heads = converted_all(self.heads, block, self.operands)
-            for head, rows_RD, out_RV in zip(heads, hidden, logits, strict=True):
-                project(out_RV[:, block], rows_RD, *head)
-            del heads, head  # before the next block's are made
-        return logits[0], logits[1] if len(logits) > 1 else None
+            project(logits_SRV[:, :, block], hidden, heads)
+            del heads  # before the next block's are made
+        return logits_SRV[0], logits_SRV[1] if len(logits_SRV) > 1 else None
 
 
 def tile_shape(
@@ -147,25 +160,24 @@ def tile_shape(
     dtype: torch.dtype,
     gemms: Gemms,
     workspace_bytes: int,
-    *,
-    copies: int,
 ) -> tuple[int, int]:
-    """Tokens and vocabulary columns of the blocks that fit, with `copies` more of their shape.
+    """Tokens and vocabulary columns of the blocks that fit.
 
     Raises:
         InputError: not even one token with one column fits.
     """
     V, size = len(student.weight_VD), dtype.itemsize
     widths = [h.weight_VD.shape[1] for h in (student, teacher) if h is not None]
-    # A block is converted and its gradient summed beside it; a filter gathers its columns and
-    # their product once more.
+    # A block is converted and its gradient summed beside it.
     column = sum(_copied_columns_bytes(head, gemms.operands) for head in (student, teacher))
-    column += _copied_columns_bytes(student, dtype) + 2 * widths[0] * size * bool(copies)
-    column += 4 * size  # bias, its gradient, the filter's columns
+    column += _copied_columns_bytes(student, dtype)
+    if not student.weight_VD.is_contiguous():  # a filter wants whole rows
+        column += widths[0] * size
+    column += 4 * size  # bias and its gradient
     row = (sum(widths) + widths[0]) * size  # hidden rows of both heads, a product of the student's
     tokens = max(1, min(MAX_CHUNK_TOKENS, num_tokens))
     while True:
-        logits = (len(widths) + copies) * size
+        logits = len(widths) * size
         columns = (workspace_bytes - tokens * row) // (column + tokens * logits)
         if columns >= min(MIN_BLOCK_COLUMNS, V) or tokens == 1:
             break
@@ -189,20 +201,17 @@ class TileBlocks:
         dtype: torch.dtype,
         gemms: Gemms,
         workspace_bytes: int,
-        copies: int,
     ) -> None:
-        """`workspace_bytes`: without the scratch of `gemms`. `copies`: how many more tensors of the
-        block's shape the caller makes.
-        """
+        """`workspace_bytes`: without the scratch of `gemms`."""
         self.heads = [student] if teacher is None else [student, teacher]
         self.rows_N, self.operands = rows_N, gemms.operands
         self.num_tokens = len(student.hidden_ND) if rows_N is None else len(rows_N)
         self.vocabulary = len(student.weight_VD)
         self.tokens, self.columns = tile_shape(
-            student, teacher, self.num_tokens, dtype, gemms, workspace_bytes, copies=copies
+            student, teacher, self.num_tokens, dtype, gemms, workspace_bytes
         )
-        shape = (self.tokens * self.columns,)
-        self.buffers = [torch.empty(shape, dtype=dtype) for _ in self.heads]
+        size = len(self.heads) * self.tokens * self.columns
+        self.buffer = torch.empty(size, dtype=dtype)
 
     def vocabulary_blocks(self) -> Iterator[slice]:
         """The vocabulary in blocks."""
@@ -222,15 +231,12 @@ class TileBlocks:
         """Raw logits of the block, (R, B), of the student (its hidden rows are given) and the
         teacher.
         """
-        R, B = len(hidden_RD), len(heads[0][0])
+        shape = (len(heads), len(hidden_RD), len(heads[0][0]))
         hidden = [hidden_RD]
         hidden += [hidden_rows(h, self.rows_N, chunk, self.operands) for h in self.heads[1:]]
-        logits = []
-        for rows_RD, (weight_BD, bias_B), buffer in zip(hidden, heads, self.buffers, strict=True):
-            out_RB = buffer[: R * B].view(R, B)
-            project(out_RB, rows_RD, weight_BD, bias_B)
-            logits.append(out_RB)
-        return logits[0], logits[1] if len(logits) > 1 else None
+        logits_SRB = self.buffer[: math.prod(shape)].view(shape)
+        project(logits_SRB, hidden, heads)
+        return logits_SRB[0], logits_SRB[1] if len(logits_SRB) > 1 else None
 
 
 def too_small(operation: str, workspace_bytes: int, wanted_bytes: int) -> InputError:

@@ -6,6 +6,7 @@ Legend: M tokens, D hidden, V vocabulary, R tokens of a chunk, B vocabulary colu
 import torch
 from torch import Tensor
 
+from fdfast.cpu.blocks import call
 from fdfast.cpu.gemm import add_product, write_product
 from fdfast.reference import statistics_dtype
 from fdfast.types import Head
@@ -56,35 +57,58 @@ class GradSums:
     def add(
         self,
         dlogits_RB: Tensor,
-        columns: Tensor | None,
         hidden_RD: Tensor,
         weight_BD: Tensor,
         sum_BD: Tensor | None,
         rows: slice,
     ) -> None:
-        """dweight += dlogits.T @ hidden and dhidden += dlogits @ weight, on these columns only
-        (None for all). The first token's chunk begins the sum of dweight.
+        """dweight += dlogits.T @ hidden and dhidden += dlogits @ weight. The chunk of the first
+        token begins the sum of dweight.
         """
-        begins = rows.start == 0
-        if columns is not None:
-            dlogits_RB, weight_BD = dlogits_RB[:, columns].to(weight_BD.dtype), weight_BD[columns]
-        if sum_BD is not None and columns is None:
+        if sum_BD is not None:
+            begins = rows.start == 0
             (write_product if begins else add_product)(sum_BD, dlogits_RB.T, hidden_RD)
-        elif sum_BD is not None and columns is not None:
-            gathered_BD = torch.empty(len(weight_BD), hidden_RD.shape[1], dtype=self.dtype)
-            write_product(gathered_BD, dlogits_RB.T, hidden_RD)
-            if begins:
-                sum_BD.zero_()
-            sum_BD.index_add_(0, columns, gathered_BD)
         if self.hidden_MD is None:
             return
-        weight_BD = weight_BD.to(dlogits_RB.dtype)
         if self.rows_N is None:
             add_product(self.hidden_MD[rows], dlogits_RB, weight_BD)
         else:
             sum_RD = torch.empty_like(hidden_RD, dtype=self.dtype)
             write_product(sum_RD, dlogits_RB, weight_BD)
             self.hidden_MD.index_add_(0, self.rows_N[rows], sum_RD)
+
+    def add_filtered(
+        self,
+        dlogits_RB: Tensor,
+        threshold_R: Tensor,
+        hidden_RD: Tensor,
+        weight_BD: Tensor,
+        sum_BD: Tensor | None,
+        rows: slice,
+    ) -> Tensor:
+        """`add` without the |dlogits| below the threshold of their row; the sum of the others,
+        (R,) float64. dlogits are in the dtype of the sums.
+        """
+        kept_R = torch.zeros_like(threshold_R)
+        shape, threads = dlogits_RB.shape, torch.get_num_threads()
+        if sum_BD is not None:
+            if rows.start == 0:
+                sum_BD.zero_()
+            given = (threshold_R, hidden_RD.contiguous(), hidden_RD.dtype == torch.bfloat16)
+            width = hidden_RD.shape[1]
+            call("sparse_dweight", self.dtype, dlogits_RB, *shape, *given, width, threads, sum_BD)
+        sum_RD = None
+        if self.hidden_MD is not None:
+            sum_RD = torch.zeros_like(hidden_RD, dtype=self.dtype)
+            if self.rows_N is None:
+                sum_RD = self.hidden_MD[rows]
+        given = (threshold_R, weight_BD.contiguous(), weight_BD.dtype == torch.bfloat16)
+        width = weight_BD.shape[1]
+        sums = (sum_RD, kept_R)
+        call("sparse_dhidden", self.dtype, dlogits_RB, *shape, *given, width, threads, *sums)
+        if self.hidden_MD is not None and self.rows_N is not None and sum_RD is not None:
+            self.hidden_MD.index_add_(0, self.rows_N[rows], sum_RD)
+        return kept_R
 
     def add_bias(self, dlogits_RB: Tensor, block: slice) -> None:
         """dbias += the columns' sums."""

@@ -16,6 +16,10 @@ from fdfast.divergences import NEG_INF, TABLE
 from fdfast.reference import divergence_on_topk
 from fdfast.types import Head, HeadOptions, TeacherTopK
 
+# A filter's sums have roundings, and a second sweep sees logits that differ by one; this much of
+# the bound is kept for them.
+FILTER_MARGIN = 1e-3
+
 # Upstream gradients of logprobs, entropy and divergence, each (N,).
 Upstream = tuple[Tensor, Tensor, Tensor]
 
@@ -276,22 +280,69 @@ class GradTerms:
             None if dz_NK is None else dz_NK[rows],
             0 if ids_NK is None else ids_NK.shape[1],
         )
-        return student_RB.view(operands)[:, : student_RB.shape[1]] if narrow else student_RB
+        return first_half(student_RB, operands) if narrow else student_RB
 
 
-def filter_threshold(dlogits_RV: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """For each row the size below which entries sum to at most `share` of all |dlogits|; and that
-    sum, (R,) float64.
+def first_half(x_RB: Tensor, narrow: torch.dtype) -> Tensor:
+    """The rows that csrc rounded in place."""
+    return x_RB.view(narrow)[:, : x_RB.shape[1]]
+
+
+def narrowed(x_RB: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`: itself, or rounded to bfloat16 in place."""
+    if x_RB.dtype == dtype:
+        return x_RB
+    call("narrow_rows", x_RB.dtype, x_RB, *x_RB.shape, torch.get_num_threads())
+    return first_half(x_RB, dtype)
+
+
+@dataclass
+class Filter:
+    """What a grad filter may leave out of each token's dlogits, and what it left.
+
+    Attributes:
+        threshold_N: |dlogits| below it may be dropped: they sum to at most the filter's share.
+        total_N: the sum of |dlogits|.
+        kept_N: of those that were not dropped.
+        needed_N: how many are not below the threshold, int64.
     """
-    threshold_R, total_R = torch.zeros(2, len(dlogits_RV), dtype=torch.float64)
-    call(
-        "row_thresholds",
-        dlogits_RV.dtype,
-        dlogits_RV,
-        *dlogits_RV.shape,
-        share,
-        torch.get_num_threads(),
-        threshold_R,
-        total_R,
-    )
-    return threshold_R, total_R
+
+    threshold_N: Tensor
+    total_N: Tensor
+    kept_N: Tensor
+    needed_N: Tensor
+
+    @classmethod
+    def empty(cls, N: int) -> "Filter":
+        """Of N tokens."""
+        threshold_N, total_N, kept_N = torch.zeros(3, N, dtype=torch.float64)
+        return cls(threshold_N, total_N, kept_N, torch.zeros(N, dtype=torch.int64))
+
+    def measure(self, dlogits_RV: Tensor, rows: slice, share: float) -> None:
+        """Thresholds of some tokens from all of their dlogits."""
+        call(
+            "row_thresholds",
+            dlogits_RV.dtype,
+            dlogits_RV,
+            *dlogits_RV.shape,
+            share * (1 - FILTER_MARGIN),
+            torch.get_num_threads(),
+            self.threshold_N[rows],
+            self.total_N[rows],
+            self.needed_N[rows],
+        )
+
+    def is_worth(self, rows: slice, vocabulary: int, most: float) -> bool:
+        """Whether these tokens need at most `most` of their dlogits; if not, all of them are
+        kept.
+        """
+        needed_R = self.needed_N[rows]
+        if needed_R.sum() <= most * vocabulary * len(needed_R):
+            return True
+        self.kept_N[rows] = self.total_N[rows]
+        return False
+
+    def dropped(self, dtype: torch.dtype) -> Tensor:
+        """1 - kept / total, (N,); a token whose gradient is 0 loses nothing."""
+        share_N = torch.where(self.total_N > 0, 1.0 - self.kept_N / self.total_N, 0.0)
+        return share_N.clamp(min=0.0).to(dtype)

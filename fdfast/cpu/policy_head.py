@@ -3,15 +3,18 @@
 
 Two ways, as on the GPU:
 - *recompute* (`policy_head_fwd`, `policy_head_bwd`), for any upstream gradient. Forward: a chunk of
-tokens meets the
-  whole vocabulary, so every statistic of a row is exact and final at once. Backward: blocks of
-  tokens x vocabulary are projected again; the gradient of a vocabulary block is finished before the
-  next begins, so its float32 sum needs no second copy of the weight. 6 GEMMs with a TeacherHidden,
-  4 without.
+  tokens meets the whole vocabulary, so every statistic of a row is exact and final at once.
+  Backward: blocks of tokens x vocabulary are projected again; the gradient of a vocabulary block is
+  finished before the next begins, so its float32 sum needs no second copy of the weight. 6 GEMMs
+  with a TeacherHidden, 4 without.
 - *token chunk* (`policy_head_loss_fwd`), where the loss of a token is known from the token alone: a
-chunk's logits
-  become its dlogits in place, and nothing is projected twice. 4 GEMMs with a TeacherHidden, 3
-  without.
+  chunk's logits become its dlogits in place, and nothing is projected twice. 4 GEMMs with a
+  TeacherHidden, 3 without.
+
+A grad filter replaces the two last GEMMs by sums over the dlogits that it keeps, entry by entry:
+each token has its own few, and the columns that some token of a chunk needs are most of them. Where
+a filter would keep so many that GEMMs are faster, it keeps all. In the recompute way it wants one
+more sweep, since a threshold is of a whole row: there it saves time only without a TeacherHidden.
 
 Memory beside inputs, gradients and N-sized outputs: the workspace of the options. A bfloat16 or
 float16 `hidden` holds its gradient once more in float32 while it is summed.
@@ -24,23 +27,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fdfast.cpu.blocks import RowBlocks, TileBlocks, hidden_rows, tile_shape
+from fdfast.cpu.blocks import RowBlocks, TileBlocks, converted, hidden_rows, slices, tile_shape
 from fdfast.cpu.gemm import Gemms, fast_gemms
 from fdfast.cpu.grad_sums import Gradients, GradSums
 from fdfast.cpu.head_terms import (
+    Filter,
     GradTerms,
     HeadStats,
     Upstream,
     fill_statistics,
-    filter_threshold,
+    narrowed,
 )
 from fdfast.cpu.policy_head_group import fill_sliced_statistics
 from fdfast.reference import statistics_dtype
 from fdfast.types import Head, HeadOptions, TeacherTopK
 
-# The filter's second sweep sees logits that differ by a rounding; this much of the bound is kept
-# for it.
-FILTER_MARGIN = 1e-3
+# The share of dlogits above which leaving out the others costs more time than it saves: a GEMM is
+# faster an entry, in bfloat16 the most.
+MOST_NEEDED = {torch.float64: 0.4, torch.float32: 0.4, torch.bfloat16: 0.25}
 # With fewer tokens a chunk, reading and writing a float32 sum of the whole weight's gradient costs
 # more than projecting again.
 MIN_CHUNK_TOKENS = 64
@@ -73,7 +77,6 @@ def policy_head_fwd(
         blocks.dtype,
         gemms,
         options.workspace_bytes - gemms.scratch_bytes,
-        copies=_filter_copies(options),
     )
     stats = HeadStats.empty(len(targets_N), teacher)
     fill = fill_statistics if options.vocabulary_slice is None else fill_sliced_statistics
@@ -110,16 +113,18 @@ def policy_head_bwd(
     """
     terms = GradTerms(targets_N, teacher, stats, upstream, options)
     sums = GradSums(student, needs, rows_N)
-    threshold_N = total_N = kept_N = torch.zeros(len(targets_N), dtype=torch.float64)
-    filtered = options.grad_filter is not None
+    gemms = _gemms(student, teacher, options)
     ranks = options.vocabulary_slice
     first = 0 if ranks is None else ranks.first  # targets and top-k ids are global
-    gemms = _gemms(student, teacher, options)
     with fast_gemms(gemms.onednn):
-        if filtered:
-            blocks_of_rows = _row_blocks(student, teacher, options, rows_N, gemms)
-            threshold_N, total_N = _filter_thresholds(terms, blocks_of_rows, options)
-            del blocks_of_rows
+        gate = None
+        if options.grad_filter is not None:
+            rows_first = _row_blocks(student, teacher, options, rows_N, gemms)
+            gate = _thresholds(terms, rows_first, options.grad_filter)
+            del rows_first
+        filters = gate is not None and gate.is_worth(
+            slice(None), len(student.weight_VD), MOST_NEEDED[gemms.operands]
+        )
         blocks = TileBlocks(
             student,
             teacher if isinstance(teacher, Head) else None,
@@ -127,7 +132,6 @@ def policy_head_bwd(
             dtype=sums.dtype,
             gemms=gemms,
             workspace_bytes=options.workspace_bytes - gemms.scratch_bytes,
-            copies=_filter_copies(options),
         )
         for block in blocks.vocabulary_blocks():
             heads = blocks.converted(block)
@@ -140,32 +144,47 @@ def policy_head_bwd(
                     teacher_RB,
                     rows,
                     first=first + block.start,
-                    operands=sums.dtype if filtered else gemms.operands,
+                    operands=sums.dtype if filters else gemms.operands,
                 )
-                columns = None
-                if filtered:
-                    columns, kept_R = _active_columns(dlogits_RB, threshold_N[rows])
-                    kept_N[rows] += kept_R
-                sums.add(dlogits_RB, columns, hidden_RD, heads[0][0], sum_BD, rows)
+                if gate is not None and filters:
+                    gate.kept_N[rows] += sums.add_filtered(
+                        dlogits_RB, gate.threshold_N[rows], hidden_RD, heads[0][0], sum_BD, rows
+                    )
+                else:
+                    sums.add(dlogits_RB, hidden_RD, heads[0][0], sum_BD, rows)
                 sums.add_bias(dlogits_RB, block)
             sums.finish(block, sum_BD)
             del heads, sum_BD  # before the next block's are made
     if ranks is not None and sums.hidden_MD is not None:
         ranks.add_up(sums.hidden_MD)
-    return *sums.results(), _dropped(kept_N, total_N, sums.dtype)
+    nothing_N = torch.zeros(len(targets_N), dtype=sums.dtype)
+    return *sums.results(), nothing_N if gate is None else gate.dropped(sums.dtype)
+
+
+def _thresholds(terms: GradTerms, blocks: RowBlocks, share: float) -> Filter:
+    """A sweep before the backward pass, for a threshold is of a whole row."""
+    gate = Filter.empty(blocks.num_tokens)
+    for rows in blocks.chunks():
+        student_RV, teacher_RV = blocks.project(rows)
+        dlogits_RV = terms.apply(student_RV, teacher_RV, rows, operands=blocks.dtype)
+        gate.measure(dlogits_RV, rows, share)
+    return gate
 
 
 def can_chunk(student: Head, needs: tuple[bool, bool, bool], options: HeadOptions) -> bool:
     """Whether the token-chunk way stays in its workspace.
 
-    A filter gathers columns of whole rows. A weight narrower than the sums wants a copy of itself
-    in their dtype, beside which there must be room for MIN_CHUNK_TOKENS.
+    A weight narrower than the sums wants a copy of itself in their dtype, beside which there must
+    be room for MIN_CHUNK_TOKENS. A filter reads rows of the whole weight as they are.
     """
+    weight_VD = student.weight_VD
+    dtype = statistics_dtype(student.hidden_ND, weight_VD)
     if options.grad_filter is not None:
-        return False
-    dtype = statistics_dtype(student.hidden_ND, student.weight_VD)
+        readable = weight_VD.dtype in (dtype, torch.bfloat16) and weight_VD.is_contiguous()
+        if not readable or (dtype == torch.float64 and weight_VD.dtype != dtype):
+            return False
     copy = _weight_sum_bytes(student, needs)
-    row_bytes = 2 * dtype.itemsize * sum(student.weight_VD.shape)  # of student and teacher
+    row_bytes = 2 * dtype.itemsize * sum(weight_VD.shape)  # of student and teacher
     tokens = min(MIN_CHUNK_TOKENS, len(student.hidden_ND))
     return not copy or copy + tokens * row_bytes <= options.workspace_bytes // 8 * 7
 
@@ -186,9 +205,9 @@ def policy_head_loss_fwd(
     rows_N: Tensor | None,
     token_loss: Callable[[Tensor, Tensor, Tensor, slice], Tensor],
     needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, tuple[Tensor, ...], Gradients]:
-    """The sum of a loss of each token, the fields of policy_head_fwd, and the loss's
-    gradients.
+) -> tuple[Tensor, tuple[Tensor, ...], Gradients, Tensor]:
+    """The sum of a loss of each token, the fields of policy_head_fwd, the loss's gradients, and the
+    dropped share of |dlogits|, (N,).
 
     Args:
         student: as policy_head_fwd.
@@ -205,6 +224,7 @@ def policy_head_loss_fwd(
     blocks = _row_blocks(student, teacher, options, rows_N, gemms, reserved_bytes=reserved)
     stats = HeadStats.empty(len(targets_N), teacher)
     sums = GradSums(student, needs, rows_N)
+    gate = Filter.empty(len(targets_N))
     total = torch.zeros((), dtype=blocks.dtype)
     everything = slice(0, len(student.weight_VD))
     weight_sum_VD = sums.weight_block(everything)
@@ -216,15 +236,37 @@ def policy_head_loss_fwd(
             loss, upstream = _upstream(chunk, rows, token_loss, blocks.dtype)
             total += loss
             terms = GradTerms(targets_N[rows], topk, chunk, upstream, options)
+            # A filter looks at them before they are rounded.
+            operands = gemms.operands if options.grad_filter is None else blocks.dtype
             dlogits_RV = terms.apply(
-                student_RV, teacher_RV, slice(None), tempered=True, operands=gemms.operands
+                student_RV, teacher_RV, slice(None), tempered=True, operands=operands
             )
+            filters = False
+            if options.grad_filter is not None:
+                gate.measure(dlogits_RV, rows, options.grad_filter)
+                filters = gate.is_worth(rows, len(student.weight_VD), MOST_NEEDED[gemms.operands])
             hidden_RD = hidden_rows(student, rows_N, rows, gemms.operands)
-            sums.add(dlogits_RV, None, hidden_RD, student.weight_VD, weight_sum_VD, rows)
             sums.add_bias(dlogits_RV, everything)
+            if filters:
+                gate.kept_N[rows] = sums.add_filtered(
+                    dlogits_RV,
+                    gate.threshold_N[rows],
+                    hidden_RD,
+                    student.weight_VD,
+                    weight_sum_VD,
+                    rows,
+                )
+                continue
+            if dlogits_RV.dtype != gemms.operands:
+                dlogits_RV = narrowed(dlogits_RV, gemms.operands)
+            for block in slices(len(student.weight_VD), blocks.columns):
+                weight_BD, _ = converted(student, block, gemms.operands)
+                sum_BD = None if weight_sum_VD is None else weight_sum_VD[block]
+                sums.add(dlogits_RV[:, block], hidden_RD, weight_BD, sum_BD, rows)
+                del weight_BD  # before the next block's is made
     sums.finish(everything, weight_sum_VD)
     fields = _fields(stats, teacher, blocks.dtype)
-    return total, fields, sums.results()
+    return total, fields, sums.results(), gate.dropped(blocks.dtype)
 
 
 def _gemms(student: Head, teacher: Head | TeacherTopK | None, options: HeadOptions) -> Gemms:
@@ -285,39 +327,3 @@ def _upstream(
         return loss, tuple(torch.zeros_like(x) for x in leaves)  # type: ignore[return-value]
     grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     return loss.detach(), grads  # type: ignore[return-value]
-
-
-def _filter_copies(options: HeadOptions) -> int:
-    """Tensors of a block's shape that a filter makes: magnitudes, the gathered ones, those in
-    float64.
-    """
-    return 0 if options.grad_filter is None else 4
-
-
-def _filter_thresholds(
-    terms: GradTerms, blocks: RowBlocks, options: HeadOptions
-) -> tuple[Tensor, Tensor]:
-    """For each token the size below which |dlogits| may be dropped, and the sum of |dlogits|, (N,)
-    float64.
-    """
-    assert options.grad_filter is not None
-    threshold_N, total_N = torch.zeros(2, blocks.num_tokens, dtype=torch.float64)
-    for rows in blocks.chunks():
-        student_RV, teacher_RV = blocks.project(rows)
-        dlogits_RV = terms.apply(student_RV, teacher_RV, rows, operands=blocks.dtype)
-        share = options.grad_filter * (1 - FILTER_MARGIN)
-        threshold_N[rows], total_N[rows] = filter_threshold(dlogits_RV, share)
-    return threshold_N, total_N
-
-
-def _active_columns(dlogits_RB: Tensor, threshold_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns that some row needs, and the |dlogits| that they keep of each row, (R,) float64."""
-    magnitude_RB = dlogits_RB.abs()
-    needed_RB = magnitude_RB >= threshold_R[:, None].to(dlogits_RB.dtype)
-    columns = needed_RB.any(0).nonzero().squeeze(1)
-    return columns, magnitude_RB[:, columns].sum(1, dtype=torch.float64)
-
-
-def _dropped(kept_N: Tensor, total_N: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 - kept / total; a token whose gradient is 0 loses nothing."""
-    return torch.where(total_N > 0, 1.0 - kept_N / total_N, 0.0).clamp(min=0.0).to(dtype)
