@@ -204,7 +204,7 @@ class Limit:
     def _pass(self, x: Inputs, R: int, B: int) -> None:
         if self.wide:
             x = x | {k: x[k].float() for k in ("hidden", "weight", "teacher")}
-        with gemm.fast_gemms(1) if self.onednn else contextlib.nullcontext():
+        with gemm.fast_gemms(True) if self.onednn else contextlib.nullcontext():
             gemms(x, dual=self.dual, R=R, B=B)
 
 
