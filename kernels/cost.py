@@ -116,24 +116,25 @@ def recompute(N: int, D: int, V: int, *, jsd: bool = False, columns: int = 8192)
     )
 
 
-def chunk(N: int, D: int, V: int, *, tokens: int = 2048) -> Cost:
-    """Ours, designed but without a kernel yet: a chunk's logits are kept as 4 bytes of each pair
-    and become its gradients; any divergence.
+def chunk(N: int, D: int, V: int, *, jsd: bool = False, tokens: int = 2048) -> Cost:
+    """Ours, as built: a chunk's logits are kept as 4 bytes of each pair and become its gradients.
 
     Args:
         N: tokens.
         D: hidden.
         V: vocabulary.
+        jsd: the pair is read once more, as jsd and skew_kl need.
         tokens: of a chunk.
     """
     R = min(tokens, N)
     num_chunks = -(-N // R)
-    # The pair: written, read; dlogits in bfloat16 over it: written, read by two GEMMs.
-    logit_bytes = 4 + 4 + 2 + 2 + 2
+    # The pair: written, read for the divergence and for dlogits; these in bfloat16 over it:
+    # written, read by two GEMMs.
+    logit_bytes = 4 + (2 if jsd else 1) * 4 + 4 + 2 + 2 + 2
     # float32 dweight: read and written by each chunk, then read and stored as bfloat16.
     other = 8 * V * D * num_chunks + (4 + 2) * V * D
     return _cost(
-        "fdfast token chunk (no kernel yet)",
+        "fdfast token chunk" + (", jsd" if jsd else ""),
         (N, D, V),
         units=2,
         triton_units=2,
@@ -225,5 +226,5 @@ def table(N: int, D: int, V: int, *, way: str | None = None) -> list[Cost]:
     if way in (None, "recompute"):
         rows += [recompute(N, D, V), recompute(N, D, V, jsd=True)]
     if way in (None, "chunk"):
-        rows.append(chunk(N, D, V))
+        rows += [chunk(N, D, V), chunk(N, D, V, jsd=True)]
     return [*rows, naive(N, D, V), liger(N, D, V), trl(N, D, V), trl(N, D, V, jsd=True)]

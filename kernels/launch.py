@@ -56,8 +56,9 @@ def dot_dtype(head: Head) -> Any:
 
 
 def tile_kind(kind: str, *, softcap: bool) -> str:
-    """The tile table's name for a kernel: a softcap costs the forward's pair its registers."""
-    return "pair_softcap" if softcap and kind == "pair" else kind
+    """The tile table's name for a kernel: a softcap costs these sweeps their registers."""
+    tight = kind in ("pair", "keep_pair", "keep_single")
+    return f"{kind}_softcap" if softcap and tight else kind
 
 
 def tile_for(kind: str, *heads: Head | None) -> Tile:
@@ -160,10 +161,12 @@ def token_chunk(N: int, token_bytes: int, workspace_bytes: int, block_n: int) ->
     return fits // block_n * block_n
 
 
-def too_small(workspace_bytes: int, wanted_bytes: int) -> InputError:
+def too_small(
+    workspace_bytes: int, wanted_bytes: int, operation: str = "policy_head"
+) -> InputError:
     """The error of a workspace in which not even one block of tokens fits."""
     enough_mb = math.ceil((wanted_bytes + 1) / 2**20 * 1000) / 1000  # rounded up, so that it is
     return InputError(
-        f"policy_head: workspace_mb={workspace_bytes / 2**20:.3g} holds not even one block of "
+        f"{operation}: workspace_mb={workspace_bytes / 2**20:.3g} holds not even one block of "
         f"tokens of this vocabulary; give workspace_mb={enough_mb:g} or more"
     )

@@ -6,7 +6,6 @@ of a block.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -15,11 +14,9 @@ from torch import Tensor
 from fdfast.divergences import TABLE
 from fdfast.kernels import launch
 from fdfast.kernels.policy_head_filter import ColumnFilter
+from fdfast.kernels.policy_head_forward import HeadStats
 from fdfast.kernels.policy_head_grad import _dlogits_kernel, _scatter_kernel
 from fdfast.types import Head, HeadOptions, TeacherTopK
-
-if TYPE_CHECKING:
-    from fdfast.kernels.policy_head import HeadStats
 
 # A block narrower than this wastes the tensor cores; rather are the tokens cut in chunks.
 MIN_BLOCK_COLUMNS = 1024
@@ -31,7 +28,7 @@ FLOAT16_BOUND = 1024.0
 
 
 @dataclass
-class _Rows:
+class Rows:
     """What the kernels read of each token: N-sized, on the device."""
 
     row_RN: Tensor  # (ROWS, N) float32
@@ -67,9 +64,10 @@ def _plan(
     V, D = student.weight_VD.shape
     size = out_dtype.itemsize
     filtered = options.grad_filter is not None
-    # dlogits and, with a filter, their gathered copy; the sum of dweight and the gathered weight.
+    # dlogits and, with a filter, their gathered copy; the sums of dweight and of a block of dbias,
+    # and the gathered weight.
     column_bytes = (
-        4 * D + filtered * (size + 4) * D + D * size * (student.weight_VD.dtype != out_dtype)
+        4 * D + 4 + filtered * (size + 4) * D + D * size * (student.weight_VD.dtype != out_dtype)
     )
     element_bytes = size * (2 if filtered else 1)
     tokens = N
@@ -85,14 +83,14 @@ def _plan(
     return _Plan(N, V, tokens, min(columns, -(-V // COLUMN_STEP) * COLUMN_STEP))
 
 
-def _token_rows(
+def token_rows(
     targets_N: Tensor,
     teacher: Head | TeacherTopK | None,
-    stats: "HeadStats",
+    stats: HeadStats,
     grads: tuple[Tensor, ...],
     options: HeadOptions,
     out_dtype: torch.dtype,
-) -> _Rows:
+) -> Rows:
     """The coefficients of dlogits from the upstream gradients, in float64, then float32."""
     g_logprobs_N, g_entropy_N, g_divergence_N = (g.double() for g in grads)
     coef_p_N = -g_logprobs_N - g_entropy_N * stats.entropy_N
@@ -120,7 +118,7 @@ def _token_rows(
     row_RN[6] = stats.center_N
     row_RN[7], row_RN[8] = coef_p_N * scale, -g_entropy_N * scale
     row_RN[9], row_RN[10] = g_divergence_N * scale, g_logprobs_N * scale
-    return _Rows(row_RN, scale, ids_NK, draw_NK)
+    return Rows(row_RN, scale, ids_NK, draw_NK)
 
 
 def _write_dlogits(
@@ -131,7 +129,7 @@ def _write_dlogits(
     teacher: Head | None,
     targets_N: Tensor,
     rows_N: Tensor | None,
-    rows: _Rows,
+    rows: Rows,
     options: HeadOptions,
 ) -> None:
     """dlogits of one block for one chunk of tokens, times rows.scale."""
@@ -158,33 +156,39 @@ def _write_dlogits(
             launch.gemm_arguments(head, teacher_head, rows_R, options, tile),
         ),
     )
-    if rows.ids_NK is not None and rows.draw_NK is not None:
-        K = rows.ids_NK.shape[1]
-        _scatter_kernel[(triton.cdiv(R, SCATTER_BLOCK),)](
-            out_RB,
-            rows.ids_NK[chunk],
-            rows.draw_NK[chunk],
-            R,
-            B,
-            block.start,
-            K,
-            out_RB.stride(0),
-            BLOCK_N=SCATTER_BLOCK,
-            BLOCK_K=triton.next_power_of_2(K),
-        )
+    scatter_topk(out_RB, rows, chunk, block.start)
     if launch.INTERPRETING and launch.same_low_precision(student):
         # The interpreter's store truncates to bfloat16; a GPU rounds, and so does PyTorch.
         out_RB.copy_(out_RB.to(student.hidden_ND.dtype))
 
 
-def _add_product(sum_AC: Tensor, a_AB: Tensor, b_BC: Tensor) -> None:
-    """sum += a @ b with float32 accumulation; 16-bit factors stay 16-bit on a GPU."""
+def scatter_topk(out_RB: Tensor, rows: Rows, chunk: slice, first: int) -> None:
+    """Put dlogits at a TeacherTopK's ids that lie in columns first .. first + B in their place."""
+    if rows.ids_NK is None or rows.draw_NK is None:
+        return
+    (R, B), K = out_RB.shape, rows.ids_NK.shape[1]
+    _scatter_kernel[(triton.cdiv(R, SCATTER_BLOCK),)](
+        out_RB,
+        rows.ids_NK[chunk],
+        rows.draw_NK[chunk],
+        R,
+        B,
+        first,
+        K,
+        out_RB.stride(0),
+        BLOCK_N=SCATTER_BLOCK,
+        BLOCK_K=triton.next_power_of_2(K),
+    )
+
+
+def add_product(sum_AC: Tensor, a_AB: Tensor, b_BC: Tensor, *, alpha: float = 1.0) -> None:
+    """sum += alpha a @ b with float32 accumulation; 16-bit factors stay 16-bit on a GPU."""
     if a_AB.dtype == torch.float32:
-        sum_AC.addmm_(a_AB, b_BC)
+        sum_AC.addmm_(a_AB, b_BC, alpha=alpha)
     elif a_AB.is_cuda:
-        torch.addmm(sum_AC, a_AB, b_BC, out_dtype=torch.float32, out=sum_AC)
+        torch.addmm(sum_AC, a_AB, b_BC, out_dtype=torch.float32, alpha=alpha, out=sum_AC)
     else:  # under the interpreter
-        sum_AC.addmm_(a_AB.float(), b_BC.float())
+        sum_AC.addmm_(a_AB.float(), b_BC.float(), alpha=alpha)
 
 
 def policy_head_bwd(
@@ -193,7 +197,7 @@ def policy_head_bwd(
     teacher: Head | TeacherTopK | None,
     options: HeadOptions,
     rows_N: Tensor | None,
-    stats: "HeadStats",
+    stats: HeadStats,
     grads: tuple[Tensor, ...],
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
@@ -223,7 +227,7 @@ def policy_head_bwd(
     if N and any(needs):
         gathers = rows_N is not None and needs[1]
         plan = _plan(student, N, out_dtype, options, gathers)
-        rows = _token_rows(targets_N, teacher, stats, grads, options, out_dtype)
+        rows = token_rows(targets_N, teacher, stats, grads, options, out_dtype)
         column_filter = None
         if options.grad_filter is not None:
             column_filter = ColumnFilter(options.grad_filter, N, device)
@@ -249,11 +253,9 @@ def policy_head_bwd(
                     if dhidden_ND is not None:
                         _add_dhidden(dhidden_ND[chunk], out_RB, weight_VD[block], columns)
                     if sum_BD is not None:
-                        _add_dweight(
-                            sum_BD, out_RB, _hidden_rows(hidden_MD, rows_N, chunk), columns
-                        )
+                        _add_dweight(sum_BD, out_RB, hidden_rows(hidden_MD, rows_N, chunk), columns)
                 if dweight_VD is not None and sum_BD is not None:
-                    dweight_VD[block] = sum_BD / rows.scale
+                    dweight_VD[block] = sum_BD.div_(rows.scale)
         if column_filter is not None:
             dropped_N = column_filter.dropped_share()
         for total in (dhidden_ND, dbias_V):
@@ -269,7 +271,8 @@ def policy_head_bwd(
     return dhidden_MD, dweight_VD, dbias_V, dropped_N
 
 
-def _hidden_rows(hidden_MD: Tensor, rows_N: Tensor | None, chunk: slice) -> Tensor:
+def hidden_rows(hidden_MD: Tensor, rows_N: Tensor | None, chunk: slice) -> Tensor:
+    """The hidden states of a chunk of trained tokens, (R, D)."""
     return hidden_MD[chunk] if rows_N is None else hidden_MD.index_select(0, rows_N[chunk])
 
 
@@ -279,7 +282,7 @@ def _add_dhidden(
     """sum += dlogits @ weight, on the named columns only."""
     if columns is not None:
         dlogits_RB, weight_BD = dlogits_RB[:, columns], weight_BD[columns]
-    _add_product(sum_RD, dlogits_RB, weight_BD.to(dlogits_RB.dtype))
+    add_product(sum_RD, dlogits_RB, weight_BD.to(dlogits_RB.dtype))
 
 
 def _add_dweight(
@@ -288,8 +291,8 @@ def _add_dweight(
     """sum += dlogits.T @ hidden, on the named columns only."""
     hidden_RD = hidden_RD.to(dlogits_RB.dtype)
     if columns is None:
-        _add_product(sum_BD, dlogits_RB.T, hidden_RD)
+        add_product(sum_BD, dlogits_RB.T, hidden_RD)
         return
     product_AD = sum_BD.new_zeros(len(columns), sum_BD.shape[1])
-    _add_product(product_AD, dlogits_RB[:, columns].T, hidden_RD)
+    add_product(product_AD, dlogits_RB[:, columns].T, hidden_RD)
     sum_BD[columns] += product_AD

@@ -45,6 +45,39 @@ def divergence_grad(p_nv, p_t_nv, d_nv, center_n, alpha, rest, KIND: tl.constexp
 
 
 @triton.jit
+def dz_of(
+    s_nv,  # tempered logits of the student
+    log_p_nv,
+    p_t_nv,  # the teacher's; without one, anything
+    d_nv,  # log p_t - log p; likewise
+    hit_nv,  # whether this is the target
+    at,  # (BLOCK_N,) pointers to the tokens' constants, see policy_head_settle
+    N,
+    softcap,
+    inv_temperature,
+    alpha,
+    rest,
+    HAS_TEACHER: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """dz = p (coef_p + coef_plogp log p) + coef_divergence d(divergence)/dz, plus coef_target at
+    the target, times dz/draw.
+    """
+    plane = wide(N)
+    p_nv = tl.exp(log_p_nv)
+    coef_p_n = tl.load(at + 7 * plane)
+    coef_plogp_n = tl.load(at + 8 * plane)
+    dz_nv = p_nv * (coef_p_n[:, None] + coef_plogp_n[:, None] * log_p_nv)
+    if HAS_TEACHER:
+        center_n = tl.load(at + 6 * plane)
+        toward_nv = divergence_grad(p_nv, p_t_nv, d_nv, center_n, alpha, rest, KIND)
+        dz_nv += tl.load(at + 9 * plane)[:, None] * toward_nv
+    dz_nv += tl.where(hit_nv, tl.load(at + 10 * plane)[:, None], 0.0)
+    return dz_nv * dz_draw(s_nv, softcap, inv_temperature, HAS_SOFTCAP)
+
+
+@triton.jit
 def _dlogits_kernel(
     x_ptr,  # (M, D) hidden states of the student
     w_ptr,  # (V, D)
@@ -92,9 +125,7 @@ def _dlogits_kernel(
     DOT: tl.constexpr,
     T_DOT: tl.constexpr,
 ):
-    """One program: one tile (BLOCK_N, BLOCK_V) of
-    dz = p (coef_p + coef_plogp log p) + coef_divergence d(divergence)/dz, plus coef_target at the
-    target, times dz/draw.
+    """One program: one tile (BLOCK_N, BLOCK_V) of dz_of.
 
     Reads (BLOCK_N + BLOCK_V) (D + TD) elements, writes BLOCK_N * BLOCK_V.
     """
@@ -137,7 +168,6 @@ def _dlogits_kernel(
             T_DOT,
         )
     at = row_ptr + safe_n
-    plane = wide(N)
     target_n = tl.load(targets_ptr + safe_n).to(tl.int32) - first
     out_row_ptrs = out_ptr + safe_n * stride_on
     for part in tl.static_range(PARTS):
@@ -154,11 +184,6 @@ def _dlogits_kernel(
             HAS_BIAS,
             HAS_SOFTCAP,
         )
-        log_p_nv = log_prob(s_nv, at, N, 0)
-        p_nv = tl.exp(log_p_nv)
-        coef_p_n = tl.load(at + 7 * plane)
-        coef_plogp_n = tl.load(at + 8 * plane)
-        dz_nv = p_nv * (coef_p_n[:, None] + coef_plogp_n[:, None] * log_p_nv)
         if HAS_TEACHER:
             t_nv = tempered_part(
                 t_raw_nv,
@@ -173,12 +198,25 @@ def _dlogits_kernel(
             )
             p_t_nv = tl.exp(log_prob(t_nv, at, N, 2))
             d_nv = log_ratio(s_nv, t_nv, at, N)
-            center_n = tl.load(at + 6 * plane)
-            toward_nv = divergence_grad(p_nv, p_t_nv, d_nv, center_n, alpha, rest, KIND)
-            dz_nv += tl.load(at + 9 * plane)[:, None] * toward_nv
-        hit_nv = offs_b[None, :] == target_n[:, None]
-        dz_nv += tl.where(hit_nv, tl.load(at + 10 * plane)[:, None], 0.0)
-        dz_nv *= dz_draw(s_nv, softcap, inv_temperature, HAS_SOFTCAP)
+        else:
+            p_t_nv = s_nv
+            d_nv = s_nv
+        dz_nv = dz_of(
+            s_nv,
+            log_prob(s_nv, at, N, 0),
+            p_t_nv,
+            d_nv,
+            offs_b[None, :] == target_n[:, None],
+            at,
+            N,
+            softcap,
+            inv_temperature,
+            alpha,
+            rest,
+            HAS_TEACHER,
+            HAS_SOFTCAP,
+            KIND,
+        )
         mask_nv = mask_n[:, None] & (offs_b < B)[None, :]
         out_ptrs = out_row_ptrs[:, None] + offs_b[None, :]
         tl.store(out_ptrs, dz_nv.to(out_ptr.dtype.element_ty), mask=mask_nv)

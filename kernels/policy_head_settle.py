@@ -42,7 +42,7 @@ def log_prob(z_nv, row_ptr, N, FIRST: tl.constexpr):
 
 
 @triton.jit
-def _settled_terms(p_nv, p_t_nv, d_nv, alpha, rest, IS_JSD: tl.constexpr):
+def settled_terms(p_nv, p_t_nv, d_nv, alpha, rest, IS_JSD: tl.constexpr):
     """What every outcome adds to the divergence, and to the center of its gradient."""
     p_m_nv = alpha * p_t_nv + rest * p_nv
     d_nv = clamp(d_nv, -80.0, 80.0)  # beyond, the mixture is one of the two to every digit
@@ -173,7 +173,7 @@ def _settle_kernel(
             d_nv = log_ratio(s_nv, t_nv, row_ptr + safe_n, N)
             p_nv = tl.where(inside_v, tl.exp(log_prob(s_nv, row_ptr + safe_n, N, 0)), 0.0)
             p_t_nv = tl.where(inside_v, tl.exp(log_prob(t_nv, row_ptr + safe_n, N, 2)), 0.0)
-            value_nv, center_nv = _settled_terms(p_nv, p_t_nv, d_nv, alpha, rest, IS_JSD)
+            value_nv, center_nv = settled_terms(p_nv, p_t_nv, d_nv, alpha, rest, IS_JSD)
             value_n += tl.sum(value_nv, 1)
             center_n += tl.sum(center_nv, 1)
     at = part_ptr + wide(pid_s) * N + safe_n

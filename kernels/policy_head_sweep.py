@@ -49,14 +49,14 @@ def _update_student(z_nv, offs_v, top_n, sum_n, dot_n):
 
 
 @triton.jit
-def _update_pair(q_nv, r_nv, old_top_n, top_n, sum_n, mean_n, phi_sum_n):
-    """Fold a tile into (mean of u, sum of e_q phi(u - mean)); the weights' old sum is `sum_n`.
+def update_pair(q_nv, u_nv, old_top_n, top_n, sum_n, mean_n, phi_sum_n):
+    """Fold a tile, u = r - q, into (mean of u, sum of e_q phi(u - mean)); the weights' old sum is
+    `sum_n`.
 
     An outcome that q gives less than e^-87 of its largest adds nothing here; where r gives it much,
     `_merge_kernel` notices that the sum falls short.
     """
     e_nv = tl.exp(q_nv - top_n[:, None])
-    u_nv = r_nv - q_nv
     tile_sum_n = tl.sum(e_nv, 1)
     tile_mean_n = tl.sum(e_nv * u_nv, 1) / tl.maximum(tile_sum_n, 1e-30)
     u_nv = u_nv - tile_mean_n[:, None]
@@ -85,6 +85,31 @@ def _take_topk(s_nv, v_end, offs_v, ids_ptr, z_ptr, cursor_n, K, V, mask_n):
 
 
 @triton.jit
+def _keep_student(s_nv, base_ptrs, ref_ptrs, mask_nv, mask_n):
+    """Store one part of the student's logits and its maximum: see policy_head_pair."""
+    ref_n = tl.max(s_nv, 1)
+    tl.store(ref_ptrs, ref_n, mask=mask_n)
+    x_nv = s_nv - ref_n[:, None]
+    tl.store(base_ptrs, x_nv.to(base_ptrs.dtype.element_ty), mask=mask_nv)
+
+
+@triton.jit
+def _keep_pair(s_nv, t_nv, base_ptrs, delta_ptrs, ref_ptrs, plane, mask_nv, mask_n):
+    """Store one part of both models' logits and its maxima: see policy_head_pair."""
+    ref_n = tl.max(s_nv, 1)
+    t_ref_n = tl.max(t_nv, 1)
+    tl.store(ref_ptrs, ref_n, mask=mask_n)
+    tl.store(ref_ptrs + plane, t_ref_n, mask=mask_n)
+    x_nv = s_nv - ref_n[:, None]
+    y_nv = t_nv - t_ref_n[:, None]
+    base_nv = tl.maximum(x_nv, y_nv, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(base_ptrs, base_nv.to(base_ptrs.dtype.element_ty), mask=mask_nv)
+    # (t - s) first: it is small where the models are close.
+    delta_nv = (t_nv - s_nv) - (t_ref_n - ref_n)[:, None]
+    tl.store(delta_ptrs, delta_nv.to(delta_ptrs.dtype.element_ty), mask=mask_nv)
+
+
+@triton.jit
 def _sweep_kernel(
     x_ptr,  # (M, D) hidden states of the student
     w_ptr,  # (V, D)
@@ -100,12 +125,17 @@ def _sweep_kernel(
     best_ptr,  # (S, N) int32, written: the student's argmax within the split
     z_target_ptr,  # (N,) float32, written: the target's logit
     z_topk_ptr,  # (N, K) float32, written: the logits at ids, or None
+    base_ptr,  # (N, V) float16 or float32, written: see policy_head_pair; or None
+    delta_ptr,  # likewise with a teacher
+    ref_ptr,  # (2, P, N) float32, written: the maximum of each part; or None
     N,
     V,
     D,
     TD,
     K,
     num_splits,
+    num_parts,
+    stride_bn,
     stride_xn,
     stride_xd,
     stride_wv,
@@ -124,6 +154,7 @@ def _sweep_kernel(
     HAS_TOPK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     BY_STUDENT: tl.constexpr,  # the student is q: reverse_kl
+    KEEPS: tl.constexpr,  # the logits are stored, for the token-chunk way
     EVEN_D: tl.constexpr,
     EVEN_TD: tl.constexpr,
     SPLIT_V: tl.constexpr,
@@ -138,7 +169,8 @@ def _sweep_kernel(
     """One program: BLOCK_N tokens against SPLIT_V columns of the vocabulary.
 
     Reads (BLOCK_N + BLOCK_V) (D + TD) elements a tile and writes 4 (PARTIALS + 1) BLOCK_N bytes in
-    all: no logit reaches memory but the target's and those of a top-k teacher.
+    all: no logit reaches memory but the target's and those of a top-k teacher. If it KEEPS them, a
+    tile is written, too: 2 or 4 bytes a logit, twice that with a teacher.
     """
     pid_n, pid_s = tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), num_splits, GROUP_N)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -212,6 +244,12 @@ def _sweep_kernel(
             )
             s_nv = tl.where(inside_v, s_nv, NEG)
             z_target_n += tl.sum(tl.where(offs_v[None, :] == target_n[:, None], s_nv, 0.0), 1)
+            if KEEPS:
+                mask_nv = mask_n[:, None] & inside_v
+                kept_nv = (safe_n * stride_bn)[:, None] + offs_v[None, :]
+                ref_ptrs = ref_ptr + wide(begin // (BLOCK_V // PARTS)) * N + safe_n
+                if not HAS_TEACHER:
+                    _keep_student(s_nv, base_ptr + kept_nv, ref_ptrs, mask_nv, mask_n)
             if HAS_TOPK:
                 s_nv, cursor_n = _take_topk(
                     s_nv,
@@ -243,16 +281,29 @@ def _sweep_kernel(
                     HAS_SOFTCAP,
                 )
                 t_nv = tl.where(inside_v, t_nv, NEG)
+                if KEEPS:
+                    _keep_pair(
+                        s_nv,
+                        t_nv,
+                        base_ptr + kept_nv,
+                        delta_ptr + kept_nv,
+                        ref_ptrs,
+                        wide(num_parts) * N,
+                        mask_nv,
+                        mask_n,
+                    )
                 t_old_top_n = t_top_n
                 t_old_sum_n = t_sum_n
                 t_top_n, t_sum_n = _update_norm(t_nv, t_old_top_n, t_old_sum_n)
-                if BY_STUDENT:
-                    mean_n, phi_sum_n = _update_pair(
-                        s_nv, t_nv, old_top_n, top_n, old_sum_n, mean_n, phi_sum_n
+                if KEEPS:
+                    pass  # _pair_kl_kernel finds out: here it would not fit the registers
+                elif BY_STUDENT:
+                    mean_n, phi_sum_n = update_pair(
+                        s_nv, t_nv - s_nv, old_top_n, top_n, old_sum_n, mean_n, phi_sum_n
                     )
                 else:
-                    mean_n, phi_sum_n = _update_pair(
-                        t_nv, s_nv, t_old_top_n, t_top_n, t_old_sum_n, mean_n, phi_sum_n
+                    mean_n, phi_sum_n = update_pair(
+                        t_nv, s_nv - t_nv, t_old_top_n, t_top_n, t_old_sum_n, mean_n, phi_sum_n
                     )
 
     plane = wide(num_splits) * N
@@ -263,8 +314,9 @@ def _sweep_kernel(
     if HAS_TEACHER:
         tl.store(at + 3 * plane, t_top_n, mask=mask_n)
         tl.store(at + 4 * plane, t_sum_n, mask=mask_n)
-        tl.store(at + 5 * plane, mean_n, mask=mask_n)
-        tl.store(at + 6 * plane, phi_sum_n, mask=mask_n)
+        if not KEEPS:
+            tl.store(at + 5 * plane, mean_n, mask=mask_n)
+            tl.store(at + 6 * plane, phi_sum_n, mask=mask_n)
     tl.store(best_ptr + wide(pid_s) * N + safe_n, best_n, mask=mask_n)
     own_n = mask_n & (target_n >= v_begin) & (target_n < v_stop)
     tl.store(z_target_ptr + safe_n, z_target_n, mask=own_n)

@@ -35,7 +35,7 @@ class Tile:
 
 
 # Keyed by (what, bytes of an element): one GEMM accumulator (student alone), or two (with a
-# teacher's hidden states) and then what is done with them.
+# teacher's hidden states) and then what is done with them. keep_: the sweep that stores the logits.
 SM_80 = {
     ("single", 2): Tile(128, 128, 32, 8, 3, parts=2),
     ("pair", 2): Tile(64, 128, 32, 8, 3, parts=2),
@@ -44,6 +44,10 @@ SM_80 = {
     ("grad_single", 2): Tile(128, 128, 32, 8, 3, parts=2),
     ("grad_pair", 2): Tile(64, 128, 32, 8, 3, parts=4),
     ("topk", 2): Tile(64, 128, 32, 8, 3),
+    ("keep_single", 2): Tile(64, 128, 32, 8, 3, parts=2),
+    ("keep_single_softcap", 2): Tile(64, 128, 32, 8, 3, parts=2),
+    ("keep_pair", 2): Tile(64, 128, 32, 8, 3, parts=2),
+    ("keep_pair_softcap", 2): Tile(64, 128, 32, 8, 3, parts=2),
     ("single", 4): Tile(32, 64, 32, 4, 2),
     ("pair", 4): Tile(64, 64, 32, 8, 2),
     ("pair_softcap", 4): Tile(64, 64, 32, 8, 2),
@@ -51,6 +55,10 @@ SM_80 = {
     ("grad_single", 4): Tile(64, 64, 32, 4, 2),
     ("grad_pair", 4): Tile(64, 64, 32, 8, 2),
     ("topk", 4): Tile(64, 64, 32, 4, 2),
+    ("keep_single", 4): Tile(32, 64, 32, 8, 2),
+    ("keep_single_softcap", 4): Tile(32, 64, 32, 8, 2),
+    ("keep_pair", 4): Tile(64, 64, 32, 8, 2),
+    ("keep_pair_softcap", 4): Tile(64, 64, 32, 8, 2),
 }
 SM_90 = {
     **SM_80,
@@ -62,6 +70,12 @@ SM_90 = {
     ("grad_pair", 2): Tile(128, 128, 64, 8, 4, parts=8),
     ("topk", 2): Tile(64, 128, 64, 8, 4),
     ("single", 4): Tile(64, 64, 32, 4, 2),
+    ("keep_single", 2): Tile(128, 128, 64, 8, 4, parts=2),
+    ("keep_single_softcap", 2): Tile(128, 128, 64, 8, 4, parts=4),
+    ("keep_pair", 2): Tile(64, 128, 64, 8, 4, parts=4),
+    ("keep_pair_softcap", 2): Tile(64, 128, 64, 8, 4, parts=2),
+    ("keep_single", 4): Tile(32, 64, 32, 4, 2),
+    ("keep_single_softcap", 4): Tile(32, 64, 32, 4, 2),
 }
 # The accumulators lie in tensor memory: more registers are free.
 SM_100 = {
@@ -69,14 +83,14 @@ SM_100 = {
     ("settle", 2): Tile(128, 128, 64, 8, 4, parts=16),
     ("grad_pair", 2): Tile(128, 128, 64, 8, 4, parts=4),
     ("single", 4): Tile(64, 64, 32, 4, 2, parts=2),
+    ("keep_single", 2): Tile(64, 128, 64, 8, 4, parts=4),
+    ("keep_single_softcap", 2): Tile(64, 128, 64, 8, 4, parts=4),
+    ("keep_pair", 2): Tile(128, 128, 64, 8, 4, parts=8),
+    ("keep_pair_softcap", 2): Tile(128, 128, 64, 8, 4, parts=8),
 }
 
 # The interpreter's cost follows the number of operations, so its tiles are large.
-INTERPRET = {
-    (kind, size): Tile(64, 1024, 256, 4, 1)
-    for kind in ("single", "pair", "pair_softcap", "settle", "grad_single", "grad_pair", "topk")
-    for size in (2, 4)
-}
+INTERPRET = {key: Tile(64, 1024, 256, 4, 1) for key in SM_80}
 
 TABLES = {"sm_80": SM_80, "sm_90": SM_90, "sm_100": SM_100, "interpret": INTERPRET}
 

@@ -122,7 +122,7 @@ def _blocks(N: int, V: int, k: int, workspace_bytes: int, block_n: int) -> tuple
             break
         tokens = (tokens + 1) // 2
     if columns < 128:
-        raise launch.too_small(workspace_bytes, tokens * (5 * 128 + 24 * k + 32))
+        raise launch.too_small(workspace_bytes, tokens * (5 * 128 + 24 * k + 32), "topk_head")
     return tokens, min(columns, -(-V // 128) * 128)
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from fdfast.divergences import TABLE
 from fdfast.kernels import launch, tiles
 from fdfast.kernels.aot import Variant
-from fdfast.kernels.policy_head import MERGE_BLOCK, TOPK_BLOCK
 from fdfast.kernels.policy_head_filter import (
     COLUMNS,
     NUM_EDGES,
@@ -23,8 +22,14 @@ from fdfast.kernels.policy_head_filter import (
     _active_kernel,
     _threshold_kernel,
 )
+from fdfast.kernels.policy_head_forward import MERGE_BLOCK, TOPK_BLOCK, Kept, kept_arguments
 from fdfast.kernels.policy_head_grad import _dlogits_kernel, _scatter_kernel
 from fdfast.kernels.policy_head_merge import _merge_kernel, _sum_splits_kernel
+from fdfast.kernels.policy_head_pair import (
+    _pair_dlogits_kernel,
+    _pair_kl_kernel,
+    _pair_settle_kernel,
+)
 from fdfast.kernels.policy_head_settle import _settle_kernel
 from fdfast.kernels.policy_head_sweep import _sweep_kernel
 from fdfast.kernels.tiles import Tile
@@ -118,13 +123,28 @@ def _gemm(case: Case, tile: Tile, *, teacher: bool) -> dict[str, Any]:
     }
 
 
-def _sweeps(case: Case, table: dict[tuple[str, int], Tile]) -> Iterator[Variant]:
-    """The forward's GEMM kernels."""
+def _kept(case: Case, tile: Tile, *, teacher: bool) -> Kept:
+    """The logits of a chunk, as the token-chunk way stores them."""
+    dtype = torch.float32 if case.dtype == torch.float32 else torch.float16
+    part_v = tile.block_v // tile.parts
+    return Kept(
+        _empty(N, V, dtype=dtype),
+        _empty(N, V, dtype=dtype) if teacher else None,
+        _empty(2, triton.cdiv(V, part_v), N, dtype=torch.float32),
+        part_v,
+        tile.split_v,
+    )
+
+
+def _sweeps(case: Case, table: dict[tuple[str, int], Tile], *, keeps: bool) -> Iterator[Variant]:
+    """The forward's first GEMM kernel, of either way."""
     for mode in ("student", "topk", "forward_kl", "reverse_kl"):
         pair, topk = mode.endswith("kl"), mode == "topk"
-        tile = table[case.kind("pair" if pair else "single"), case.dtype.itemsize]
+        kind = ("keep_" if keeps else "") + ("pair" if pair else "single")
+        tile = table[case.kind(kind), case.dtype.itemsize]
         S = triton.cdiv(V, tile.split_v)
         arguments = {
+            **kept_arguments(_kept(case, tile, teacher=pair) if keeps else None),
             **_gemm(case, tile, teacher=pair),
             "targets_ptr": _empty(N, dtype=torch.int64),
             "ids_ptr": _empty(N, K, dtype=torch.int32) if topk else None,
@@ -140,7 +160,12 @@ def _sweeps(case: Case, table: dict[tuple[str, int], Tile]) -> Iterator[Variant]
             "HAS_TOPK": topk,
             "BY_STUDENT": mode == "reverse_kl",
         }
-        yield _variant(f"sweep {mode} {case.label}", _sweep_kernel, arguments, tile)
+        verb = "keep" if keeps else "sweep"
+        yield _variant(f"{verb} {mode} {case.label}", _sweep_kernel, arguments, tile)
+
+
+def _settles(case: Case, table: dict[tuple[str, int], Tile]) -> Iterator[Variant]:
+    """The second sweep of jsd and skew_kl."""
     tile = table[case.kind("settle"), case.dtype.itemsize]
     S = triton.cdiv(V, tile.split_v)
     for mode in ("jsd", "skew_kl"):
@@ -186,6 +211,35 @@ def _gradients(case: Case, table: dict[tuple[str, int], Tile]) -> Iterator[Varia
         "stride_on": B,
     }
     yield _variant(f"topk logits {case.label}", _logits_kernel, arguments, tile)
+
+
+def _pairs(case: Case, table: dict[tuple[str, int], Tile]) -> Iterator[Variant]:
+    """The token-chunk way's kernels without a GEMM."""
+    for mode in ("student", *TABLE):
+        pair = mode != "student"
+        tile = table[case.kind("keep_pair" if pair else "keep_single"), case.dtype.itemsize]
+        kept = _kept(case, tile, teacher=pair)
+        arguments = {
+            **kept.arguments(),
+            "row_ptr": _empty(11, N, dtype=torch.float32),
+            "part_ptr": _empty(7, kept.num_splits, N, dtype=torch.float32),
+            "out_ptr": _empty(N, V, dtype=case.dtype),
+            "targets_ptr": _empty(N, dtype=torch.int64),
+            "softcap": 30.0,
+            "inv_temperature": 0.5,
+            "alpha": 0.5,
+            "rest": 0.5,
+            "HAS_TEACHER": pair,
+            "HAS_SOFTCAP": case.load == "softcap",
+            "KIND": TABLE[mode].code if pair else 0,
+            "IS_JSD": mode == "jsd",
+            "BY_STUDENT": mode == "reverse_kl",
+        }
+        yield _variant(f"pair dlogits {mode} {case.label}", _pair_dlogits_kernel, arguments)
+        if pair and TABLE[mode].needs_alpha:
+            yield _variant(f"pair settle {mode} {case.label}", _pair_settle_kernel, arguments)
+        elif pair:
+            yield _variant(f"pair {mode} {case.label}", _pair_kl_kernel, arguments)
 
 
 def _small() -> Iterator[Variant]:
@@ -255,6 +309,9 @@ def variants(capability: int, cases: tuple[Case, ...] | None = None) -> Iterator
         kinds = (torch.bfloat16, torch.float16, torch.float32)
         cases = tuple(Case(dtype, load) for dtype in kinds for load in LOADS)
     for case in cases:
-        yield from _sweeps(case, table)
+        yield from _sweeps(case, table, keeps=False)
+        yield from _sweeps(case, table, keeps=True)
+        yield from _settles(case, table)
         yield from _gradients(case, table)
+        yield from _pairs(case, table)
     yield from _small()

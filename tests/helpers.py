@@ -4,9 +4,11 @@ Legend: ... any leading shape, N tokens, D hidden, V vocabulary, K top-k.
 """
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -16,17 +18,20 @@ from fdfast.divergences import TABLE, TAILS
 _CPU = torch.profiler.ProfilerActivity.CPU
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
-# Backend -> the dtypes it is tested in, of those that take float64 and milliseconds; triton's tests
-# are test_kernels_*.py.
+# Backend -> the dtypes it is tested in, the widest first. Triton's interpreter computes bfloat16
+# wrongly: what can be shown of it is in test_kernels_*.py.
 BACKEND_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "cpu": (F64, F32, BF16, F16),
     "reference": (F64, F32, BF16, F16),
 }
+if importlib.util.find_spec("triton") is not None:
+    BACKEND_DTYPES["triton"] = (F32, F16)
 BACKENDS = tuple(BACKEND_DTYPES)
 # Where a backend's tensors lie: on the GPU if there is one, else the kernels are interpreted.
 DEVICES = {"triton": "cuda" if torch.cuda.is_available() else "cpu"}
 # The other rows of that table: those that compute with blocks and their own backward pass.
 FAST_BACKENDS = tuple(name for name in BACKENDS if name != "reference")
+FLOAT64_BACKENDS = tuple(name for name, kinds in BACKEND_DTYPES.items() if F64 in kinds)
 BACKENDS_AND_DTYPES = [(name, dtype) for name, kinds in BACKEND_DTYPES.items() for dtype in kinds]
 
 # What a teacher may be: none, hidden states, or its top-k with each tail.
@@ -36,6 +41,32 @@ DIVERGENCES_AND_TEACHERS = [("forward_kl", "none")] + [
     (name, teacher) for name in TABLE for teacher in TEACHERS[1:]
 ]
 GRADIENTS = ("dhidden", "dweight", "dbias")
+
+
+# Where a case takes the interpreter many programs, that of triton is slow.
+FAST_BACKENDS_TRITON_SLOW = tuple(
+    pytest.param(name, marks=pytest.mark.slow) if name == "triton" else name
+    for name in FAST_BACKENDS
+)
+BACKENDS_TRITON_SLOW = ("reference", *FAST_BACKENDS_TRITON_SLOW)
+
+
+def backends_in(
+    *dtypes: torch.dtype, among: tuple[str, ...] = BACKENDS, triton_slow: bool = False
+) -> list[Any]:
+    """(backend, dtype) of those backends and dtypes that go together."""
+    return [
+        pytest.param(b, dtype, marks=pytest.mark.slow)
+        if triton_slow and b == "triton"
+        else (b, dtype)
+        for b, dtype in BACKENDS_AND_DTYPES
+        if b in among and dtype in dtypes
+    ]
+
+
+def widest_of(backend: str) -> torch.dtype:
+    """The widest dtype that the backend takes."""
+    return BACKEND_DTYPES[backend][0]
 
 
 def generator(seed: int) -> torch.Generator:

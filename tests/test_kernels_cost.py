@@ -23,7 +23,7 @@ GIB = 2**30
         (cost.trl(*SHAPE), 99.0),
         (cost.trl(*SHAPE, jsd=True), 131.0),
         (cost.recompute(*SHAPE), 98.0),
-        (cost.chunk(*SHAPE), 69.0),  # 65 to 73
+        (cost.chunk(*SHAPE), 73.0),  # 65 to 73, and one more reading of the pair for its divergence
     ],
     ids=lambda value: value.way if isinstance(value, cost.Cost) else None,
 )
@@ -55,7 +55,7 @@ def test_every_line_of_the_model_is_marked(capsys: pytest.CaptureFixture[str]) -
     size = ("--tokens", "8192", "--hidden", "4096", "--vocab", "151936")
     assert run("model", "--gpu", "h100", *size) == 0
     lines = capsys.readouterr().out.splitlines()[3:]
-    assert len(lines) == 8
+    assert len(lines) == 9
     assert all("  modelled" in line for line in lines)
     assert run("model", "--gpu", "b200", *size, "--way", "chunk") == 0
     assert "recompute" not in capsys.readouterr().out

@@ -31,13 +31,6 @@ from tests.helpers import (
     run,
 )
 
-pytestmark = [
-    # numpy says so where a GPU computes on: the series of phi far outside its range, not taken.
-    pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning"),
-    # Triton 3.6's interpreter; it wants numpy < 2.4.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-]
-
 # Small tiles with a tail each way: several splits of several blocks, in parts, over few columns.
 SMALL = tiles.Tile(16, 64, 16, 4, 1, parts=2, split_v=128)
 
@@ -224,8 +217,6 @@ def test_the_strides_of_a_bias_do_not_matter() -> None:
     assert torch.equal(even.logprobs, flat.logprobs)
 
 
-# numpy says so of a row where a GPU's maximum gives NaN.
-@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
 @pytest.mark.parametrize("divergence", TABLE)
 @pytest.mark.parametrize("teacher", ["hidden", pytest.param("topk-bucket", marks=pytest.mark.slow)])
 def test_nan_in_a_trained_row_is_seen_and_stays_in_it(divergence: str, teacher: str) -> None:

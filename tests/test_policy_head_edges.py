@@ -11,7 +11,9 @@ import torch
 from fdfast import TeacherHidden, TeacherTopK, policy_head
 from fdfast.divergences import TABLE
 from tests.helpers import (
+    BACKEND_DTYPES,
     BACKENDS,
+    BACKENDS_TRITON_SLOW,
     BF16,
     F32,
     F64,
@@ -20,18 +22,20 @@ from tests.helpers import (
     Case,
     assert_close_to_truth,
     assert_right,
+    backends_in,
     make_case,
     mixed,
     run,
+    widest,
+    widest_of,
 )
 
 INF = float("inf")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), backends_in(F64, F32))
 @pytest.mark.parametrize("teacher", TEACHERS)
 @pytest.mark.parametrize("divergence", TABLE)
-@pytest.mark.parametrize("dtype", [F64, F32])
 def test_logits_of_ten_thousand_are_right(
     backend: str, teacher: str, divergence: str, dtype: torch.dtype
 ) -> None:
@@ -62,10 +66,9 @@ def _of_logits(z: torch.Tensor, teacher: str, t: torch.Tensor, divergence: str) 
     return Case(z, eye, base.targets, options, base.upstream)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), backends_in(F64, F32))
 @pytest.mark.parametrize("divergence", TABLE)
 @pytest.mark.parametrize("far", [95.0, 720.0, 800.0])
-@pytest.mark.parametrize("dtype", [F64, F32])
 def test_teacher_and_student_may_disagree_utterly(
     backend: str, divergence: str, far: float, dtype: torch.dtype
 ) -> None:
@@ -83,7 +86,8 @@ def test_teacher_and_student_may_disagree_utterly(
 @pytest.mark.parametrize("divergence", TABLE)
 def test_forbidden_tokens_are_right(backend: str, teacher: str, divergence: str) -> None:
     # A bias of -inf: the same tokens for both, none of them a target.
-    case = make_case(23, (6,), 8, 41, dtype=F64, teacher="hidden", divergence=divergence)
+    dtype = widest_of(backend)
+    case = make_case(23, (6,), 8, 41, dtype=dtype, teacher="hidden", divergence=divergence)
     forbidden = torch.zeros(41, dtype=torch.bool)
     forbidden[[3, 17, 40]] = True
     case.targets = torch.tensor([0, 5, 6, 7, 39, 38])
@@ -108,12 +112,13 @@ def test_forbidden_tokens_are_right(backend: str, teacher: str, divergence: str)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_token_the_student_may_not_say_is_infinitely_far(backend: str) -> None:
-    z = torch.tensor([[0.0, -INF, 1.0]], dtype=F64)
-    t = torch.tensor([[0.5, 0.0, 1.0]], dtype=F64)
+    dtype = widest_of(backend)
+    z = torch.tensor([[0.0, -INF, 1.0]], dtype=dtype)
+    t = torch.tensor([[0.5, 0.0, 1.0]], dtype=dtype)
     head = {}
     for divergence in TABLE:
         case = _of_logits(z.nan_to_num(neginf=0.0), "hidden", t, divergence)
-        case = case.having(bias=torch.tensor([0.0, -INF, 0.0], dtype=F64))
+        case = case.having(bias=torch.tensor([0.0, -INF, 0.0], dtype=dtype))
         case.targets = torch.tensor([1])
         head[divergence] = policy_head(
             case.hidden, case.weight, case.targets, backend=backend, **case.options
@@ -154,7 +159,7 @@ def test_strides_change_nothing(backend: str, teacher: str) -> None:
         assert_close_to_truth(ours[name].detach(), value, value, 1e-5, name)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_TRITON_SLOW)
 @pytest.mark.parametrize("teacher", TEACHERS)
 @pytest.mark.parametrize("grad_filter", [None, 0.05])
 @pytest.mark.parametrize(
@@ -212,7 +217,8 @@ def test_only_the_three_outputs_are_differentiable_and_the_teacher_is_not(backen
 def test_argmax_is_the_most_likely_token_and_dtypes_are_as_stated(
     backend: str, teacher: str
 ) -> None:
-    for dtype, stated in ((BF16, F32), (F32, F32), (F64, F64)):
+    for dtype in BACKEND_DTYPES[backend]:
+        stated = widest(dtype)
         case = make_case(28, teacher=teacher, dtype=dtype)
         ours = run(case, backend)
         z = case.hidden.double() @ case.weight.double().T + case.options["bias"].double()

@@ -11,14 +11,18 @@ import torch
 from fdfast import InputError, TeacherHidden, TeacherTopK, policy_head, topk_head
 from fdfast.divergences import TABLE
 from tests.helpers import (
+    BACKEND_DTYPES,
     BACKENDS,
+    BACKENDS_TRITON_SLOW,
     BF16,
     F32,
     F64,
     FAST_BACKENDS,
+    FAST_BACKENDS_TRITON_SLOW,
     TEACHERS,
     Case,
     assert_close_to_truth,
+    backends_in,
     make_case,
     mixed,
     peak_bytes,
@@ -38,10 +42,9 @@ def _seeing_dlogits(case: Case) -> Case:
     return Case(z, eye, case.targets, case.options, case.upstream)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), backends_in(F64, F32, triton_slow=True))
 @pytest.mark.parametrize("teacher", TEACHERS)
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.5])
-@pytest.mark.parametrize("dtype", [F64, F32])
 def test_the_filter_drops_no_more_than_its_share_of_any_token(
     backend: str, teacher: str, share: float, dtype: torch.dtype
 ) -> None:
@@ -70,7 +73,7 @@ def test_the_filter_drops_no_more_than_its_share_of_any_token(
     assert (off_weight <= bound + 1e-5 * exact["dweight"].abs().sum(0).double()).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_TRITON_SLOW)
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_a_filter_of_zero_is_exact(backend: str, teacher: str) -> None:
     case = make_case(51, (9,), 16, 211, teacher=teacher, workspace_mb=0.1)
@@ -79,8 +82,7 @@ def test_a_filter_of_zero_is_exact(backend: str, teacher: str) -> None:
         assert_close_to_truth(ours[name], value, value, 2e-6, name)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [F64, F32])
+@pytest.mark.parametrize(("backend", "dtype"), backends_in(F64, F32))
 def test_a_token_without_a_gradient_drops_nothing(backend: str, dtype: torch.dtype) -> None:
     case = make_case(52, (4,), dtype=dtype)
     trained = torch.tensor([1.0, 0.0, 0.0, 1.0])
@@ -103,7 +105,7 @@ def test_dropped_mass_is_zero_before_the_backward_pass_and_filled_after(backend:
     assert head.dropped_mass.shape == (2, 4)
 
 
-@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("backend", FAST_BACKENDS_TRITON_SLOW)
 @pytest.mark.parametrize("divergence", TABLE)
 def test_blocks_do_not_change_what_a_filter_may_drop(backend: str, divergence: str) -> None:
     # Each token's bound is of the whole row, however the vocabulary is cut.
@@ -120,10 +122,11 @@ def test_blocks_do_not_change_what_a_filter_may_drop(backend: str, divergence: s
 LARGE = {"tokens": (600, 16, 2_000), "vocabulary": (40, 16, 40_000), "hidden": (60, 200, 2_000)}
 
 
-@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "dtype"), backends_in(F32, BF16, among=FAST_BACKENDS, triton_slow=True)
+)
 @pytest.mark.parametrize("shape", LARGE)
 @pytest.mark.parametrize("teacher", ["none", "hidden", "topk-bucket"])
-@pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("grad_filter", [None, 0.05])
 @pytest.mark.parametrize("masked", [0.0, 0.3])
 def test_memory_stays_within_the_workspace(
@@ -169,10 +172,10 @@ def test_the_measure_of_memory_sees_stored_logits() -> None:
     assert peak > 2 * 4 * 100 * 10_000
 
 
-@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("backend", FAST_BACKENDS_TRITON_SLOW)
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_a_workspace_too_small_says_what_would_do(backend: str, teacher: str) -> None:
-    for dtype in (F64, F32, BF16):
+    for dtype in BACKEND_DTYPES[backend]:
         case = make_case(57, (20,), 8, 5_000, teacher=teacher, dtype=dtype, grad_filter=0.1)
         with pytest.raises(InputError, match=r"policy_head: workspace_mb=0\.01 holds not") as seen:
             run(case, backend, workspace_mb=0.01)
@@ -182,10 +185,10 @@ def test_a_workspace_too_small_says_what_would_do(backend: str, teacher: str) ->
         assert enough["logprobs"].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("backend", FAST_BACKENDS_TRITON_SLOW)
 def test_topk_head_stays_within_the_workspace(backend: str) -> None:
     N, D, V, K = 200, 16, 20_000, 5
-    for dtype in (F32, BF16):
+    for dtype in (F32, BF16) if backend == "cpu" else (F32,):
         case = make_case(58, (N,), D, V, dtype=dtype)
         peak, _ = peak_bytes(
             lambda case=case: topk_head(

@@ -18,9 +18,11 @@ from tests.helpers import (
     F64,
     FAST_BACKENDS,
     assert_close_to_truth,
+    backends_in,
     floor_of,
     make_case,
     widest,
+    widest_of,
 )
 
 
@@ -39,7 +41,7 @@ SHAPES = {
     "one": ((1,), 1, 1, 1, 64.0),
     "whole vocabulary": ((3,), 8, 37, 37, 64.0),
     "first": ((5,), 8, 37, 1, 64.0),
-    "blocks": ((3, 17), 8, 1009, 25, 0.03),
+    "blocks": ((3, 17), 8, 1009, 25, 0.07),
     "no leading": ((), 8, 37, 4, 64.0),
     "gpt2": ((3,), 8, 50_257, 25, 0.5),
 }
@@ -88,11 +90,14 @@ def test_no_tokens_give_empty_results(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_whole_vocabulary_has_all_the_mass_and_one_token_its_own(backend: str) -> None:
-    case = make_case(72, dtype=F64)
+    dtype = widest_of(backend)
+    case = make_case(72, dtype=dtype)
     every = topk_head(case.hidden, case.weight, 83, backend=backend)
-    assert (every.mass - 1).abs().max() < 1e-14
+    assert (every.mass - 1).abs().max() < 64 * torch.finfo(dtype).eps
     one = topk_head(case.hidden, case.weight, 1, backend=backend)
-    assert torch.equal(one.mass, one.logprobs.squeeze(-1).exp())
+    torch.testing.assert_close(
+        one.mass, one.logprobs.squeeze(-1).exp(), rtol=4 * torch.finfo(dtype).eps, atol=0.0
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -108,8 +113,7 @@ def test_logits_of_ten_thousand_and_forbidden_tokens_are_right(backend: str) -> 
     assert not (ours.ids < 6).any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [F64, F32, BF16])
+@pytest.mark.parametrize(("backend", "dtype"), backends_in(F64, F32, BF16))
 def test_its_result_is_a_teacher(backend: str, dtype: torch.dtype) -> None:
     # The whole vocabulary of it is the divergence to the hidden states themselves.
     case = make_case(74, (2, 5), dtype=dtype, teacher="hidden")
@@ -183,8 +187,8 @@ def test_wrong_arguments_are_named(backend: str, change: dict[str, Any], message
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_a_workspace_too_small_says_what_would_do(backend: str) -> None:
     case = make_case(78, V=5_000)
-    with pytest.raises(InputError, match="holds not even one token") as seen:
-        topk_head(case.hidden, case.weight, 3, workspace_mb=0.01, backend=backend)
+    with pytest.raises(InputError, match=r"topk_head: .* holds not even one") as seen:
+        topk_head(case.hidden, case.weight, 3, workspace_mb=0.004, backend=backend)
     advice = re.search(r"give workspace_mb=(\S+) or more", str(seen.value))
     assert advice is not None
     topk_head(case.hidden, case.weight, 3, workspace_mb=float(advice[1]), backend=backend)

@@ -14,14 +14,12 @@ from fdfast import _cpu
 from fdfast.cpu.blocks import call
 from fdfast.divergences import NEG_INF, TABLE
 from fdfast.reference import divergence_on_topk
+from fdfast.token_loss import Upstream
 from fdfast.types import Head, HeadOptions, TeacherTopK
 
 # A filter's sums have roundings, and a second sweep sees logits that differ by one; this much of
 # the bound is kept for them.
 FILTER_MARGIN = 1e-3
-
-# Upstream gradients of logprobs, entropy and divergence, each (N,).
-Upstream = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass

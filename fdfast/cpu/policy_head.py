@@ -22,8 +22,6 @@ Legend: M tokens, N trained ones, D hidden, V vocabulary, R tokens of a chunk, B
 of a block.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -34,12 +32,12 @@ from fdfast.cpu.head_terms import (
     Filter,
     GradTerms,
     HeadStats,
-    Upstream,
     fill_statistics,
     narrowed,
 )
 from fdfast.cpu.policy_head_group import fill_sliced_statistics
 from fdfast.reference import statistics_dtype
+from fdfast.token_loss import ChunkLoss, Upstream, loss_and_upstream
 from fdfast.types import Head, HeadOptions, TeacherTopK
 
 # The share of dlogits above which leaving out the others costs more time than it saves: a GEMM is
@@ -203,7 +201,7 @@ def policy_head_loss_fwd(
     teacher: Head | TeacherTopK | None,
     options: HeadOptions,
     rows_N: Tensor | None,
-    token_loss: Callable[[Tensor, Tensor, Tensor, slice], Tensor],
+    token_loss: ChunkLoss,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, tuple[Tensor, ...], Gradients, Tensor]:
     """The sum of a loss of each token, the fields of policy_head_fwd, the loss's gradients, and the
@@ -233,7 +231,8 @@ def policy_head_loss_fwd(
             student_RV, teacher_RV = blocks.project(rows)
             chunk, topk = stats.rows(rows), _topk_rows(teacher, rows)
             fill_statistics(chunk, student_RV, teacher_RV, targets_N[rows], topk, options)
-            loss, upstream = _upstream(chunk, rows, token_loss, blocks.dtype)
+            outputs = (chunk.logprobs_N, chunk.entropy_N, chunk.divergence_N)
+            loss, upstream = loss_and_upstream(outputs, rows, token_loss, blocks.dtype)
             total += loss
             terms = GradTerms(targets_N[rows], topk, chunk, upstream, options)
             # A filter looks at them before they are rounded.
@@ -310,20 +309,3 @@ def _fields(
         mass_N = teacher.logprobs.double().exp().sum(1)
     fields = (stats.logprobs_N, stats.entropy_N, stats.divergence_N, mass_N)
     return (*(x.to(dtype) for x in fields), stats.argmax_N)
-
-
-def _upstream(
-    chunk: HeadStats,
-    rows: slice,
-    token_loss: Callable[[Tensor, Tensor, Tensor, slice], Tensor],
-    dtype: torch.dtype,
-) -> tuple[Tensor, Upstream]:
-    """The chunk's summed loss and its gradients by logprobs, entropy and divergence."""
-    outputs = (chunk.logprobs_N, chunk.entropy_N, chunk.divergence_N)
-    leaves = tuple(x.to(dtype, copy=True).requires_grad_() for x in outputs)
-    with torch.enable_grad():
-        loss = token_loss(leaves[0], leaves[1], leaves[2], rows).sum()
-    if not loss.requires_grad:  # no output reaches it
-        return loss, tuple(torch.zeros_like(x) for x in leaves)  # type: ignore[return-value]
-    grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-    return loss.detach(), grads  # type: ignore[return-value]
