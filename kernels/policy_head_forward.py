@@ -43,7 +43,7 @@ class Kept:
     """The logits of a chunk as the token-chunk way stores them: see policy_head_pair."""
 
     base_RV: Tensor  # float16 or float32
-    delta_RV: Tensor | None  # with a TeacherHidden
+    delta_RV: Tensor | None  # likewise; None for float32 without a TeacherHidden
     ref_2PR: Tensor  # float32
     part_v: int  # columns of a part
     split_v: int  # columns of a split

@@ -2,8 +2,8 @@
 so the logits of a chunk become its gradients and nothing is projected twice.
 
 For each chunk of tokens the sweep of `policy_head_fwd` stores the logits, too: 4 bytes a token of
-the vocabulary with a TeacherHidden (float16 of the pair, see policy_head_pair), 2 without; 8 and 4
-for float32 inputs. A pass over the pair settles the divergence (two for jsd and skew_kl), the loss
+the vocabulary, two numbers of float16 (see policy_head_pair); for float32 inputs 8 with a
+TeacherHidden and 4 without. A pass over the pair settles the divergence (two for jsd and skew_kl), the loss
 gives its upstream gradients, a kernel turns what was stored into dlogits in place, and PyTorch's
 GEMMs add to the gradients, summed in float32.
 
@@ -14,8 +14,9 @@ divergence, 4 (8), and for dlogits, 4; these written, 2, and read by two GEMMs, 
 float32 sum of dweight is read and written once a chunk, 8 V D bytes, which is why a chunk has
 MIN_CHUNK_TOKENS at least.
 
-Of float32 inputs all results are as exact as the other way's. Of 16-bit inputs logprobs, entropy
-and argmax are; a TeacherHidden's divergence and dlogits carry the rounding of the pair.
+Without a TeacherHidden, and of float32 inputs, all results are as exact as the other way's. Of a
+TeacherHidden and 16-bit inputs logprobs, entropy and argmax are; the divergence and dlogits carry
+the rounding of the pair.
 Legend: M tokens, N trained tokens, D hidden, V vocabulary, K top-k, R tokens of a chunk, P parts,
 S runs of parts.
 """
@@ -130,7 +131,9 @@ def policy_head_loss_fwd(
             total += loss
             dtype = student.hidden_ND.dtype
             rows = token_rows(targets_N[chunk], topk, stats, upstream, options, dtype)
-            dlogits_RV = _pair_dlogits(kept, targets_N[chunk], rows, options, dtype)
+            dlogits_RV = _pair_dlogits(
+                kept, targets_N[chunk], rows, options, dtype, pair=full is not None
+            )
             sums.add(dlogits_RV, chunk, rows.scale)
     return total, (*fields_4N, argmax_N), sums.results(), torch.zeros_like(total.expand(N))
 
@@ -144,6 +147,11 @@ def _sweep_tile(student: Head, teacher: Head | None, options: HeadOptions, *, pa
 
 def _num_parts(V: int, tile: Tile) -> int:
     return -(-V // tile.block_v) * tile.parts
+
+
+def _keeps_two(dtype: torch.dtype, *, pair: bool) -> bool:
+    """Whether a logit, or a pair of them, is kept as two numbers: see policy_head_pair."""
+    return pair or dtype != torch.float32
 
 
 def _row_length(V: int) -> int:
@@ -164,7 +172,8 @@ def _token_bytes(student: Head, tile: Tile, *, K: int, pair: bool, gathers: bool
     """What the chunk way holds of one token."""
     V, D = student.weight_VD.shape
     size = student.hidden_ND.dtype.itemsize
-    kept = (2 if pair else 1) * size * _row_length(V) + 8 * _num_parts(V, tile)
+    planes = 2 if _keeps_two(student.hidden_ND.dtype, pair=pair) else 1
+    kept = planes * size * _row_length(V) + 8 * _num_parts(V, tile)
     kept += (4 + size) * V * _copies_dlogits(student.hidden_ND.dtype)
     products = (4 + size + size * gathers) * D  # dhidden and as it is returned, hidden
     return kept + products + sweep_bytes(V, K, tile) + NUMBERS_BYTES
@@ -213,13 +222,16 @@ class _Workspace:
         tokens = min(whole, N) if whole <= fits else tokens
         dtype = hidden_MD.dtype if hidden_MD.dtype == torch.float32 else torch.float16
         size, device = tokens * _row_length(V), hidden_MD.device
+        delta = None
+        if _keeps_two(hidden_MD.dtype, pair=full is not None):
+            delta = torch.empty(size, dtype=dtype, device=device)
         return cls(
             N,
             V,
             tokens,
             tile,
             base=torch.empty(size, dtype=dtype, device=device),
-            delta=None if full is None else torch.empty(size, dtype=dtype, device=device),
+            delta=delta,
             ref=torch.empty(2 * tokens * _num_parts(V, tile), dtype=torch.float32, device=device),
         )
 
@@ -263,7 +275,13 @@ def _settle_pair(kept: Kept, merged_RR: Tensor, options: HeadOptions) -> Tensor:
 
 
 def _pair_dlogits(
-    kept: Kept, targets_R: Tensor, rows: Rows, options: HeadOptions, dtype: torch.dtype
+    kept: Kept,
+    targets_R: Tensor,
+    rows: Rows,
+    options: HeadOptions,
+    dtype: torch.dtype,
+    *,
+    pair: bool,
 ) -> Tensor:
     """dlogits (R, V) times rows.scale, over the kept logits."""
     R, V = kept.base_RV.shape
@@ -280,7 +298,7 @@ def _pair_dlogits(
         inv_temperature=1.0 / options.temperature,
         alpha=options.alpha,
         rest=1.0 - options.alpha,
-        HAS_TEACHER=kept.delta_RV is not None,
+        HAS_TEACHER=pair,
         HAS_SOFTCAP=options.logit_softcap is not None,
         KIND=TABLE[options.divergence].code,
         **launch.only(_pair_dlogits_kernel, kept.arguments()),

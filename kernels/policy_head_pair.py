@@ -3,10 +3,11 @@ that read it.
 
 A part is the columns of a tile that the sweep works on at once, with one maximum of each model. Of
 x = s - (the student's maximum) and y = t - (the teacher's) are kept base = max(x, y) and
-delta = y - x, taken in the float32 accumulators; without a teacher x alone. 16-bit inputs keep
-float16, so 4 bytes a token of the vocabulary: delta, by which close models differ, has its own 11
-bits, and of two probabilities that are far apart the larger is the more exact one; beyond 65504 a
-difference is infinite. float32 keeps float32. dlogits are written over base, in the inputs' dtype,
+delta = y - x, taken in the float32 accumulators. 16-bit inputs keep float16, so 4 bytes a token of
+the vocabulary: delta, by which close models differ, has its own 11 bits, and of two probabilities
+that are far apart the larger is the more exact one; beyond 65504 a difference is infinite. Without
+a teacher these 4 bytes hold x alone, in base and in delta what base leaves of it: 22 bits. float32
+keeps float32 (then x alone takes no delta). dlogits are written over base, in the inputs' dtype,
 which is of the same size.
 Legend: N tokens of a chunk, V vocabulary, P parts, S splits, of whole parts; s, t tempered
 logits of student and teacher; p, p_t their probabilities; q, u as in policy_head_sweep.
@@ -153,7 +154,7 @@ def _pair_settle_kernel(
 @triton.jit
 def _pair_dlogits_kernel(
     base_ptr,  # (N, V) float16 or float32
-    delta_ptr,  # likewise, or None
+    delta_ptr,  # likewise; None for a float32 x alone
     ref_ptr,  # (2, P, N) float32
     out_ptr,  # (N, V) of the inputs' dtype, written: dlogits; may lie over base
     targets_ptr,  # (N,) int64
@@ -175,8 +176,8 @@ def _pair_dlogits_kernel(
 ):
     """One program: BLOCK_N tokens against a split, turned into dlogits: see dz_of.
 
-    Reads 4 bytes a column (2 without a teacher; twice that in float32), writes 2 (4). Each element
-    is read and written by one program, so dlogits may take the place of base.
+    Reads 4 bytes a column (in float32 8, or 4 without a teacher), writes 2 (4). Each element is
+    read and written by one program, so dlogits may take the place of base.
     """
     pid_s = tl.program_id(1)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -200,6 +201,8 @@ def _pair_dlogits_kernel(
             p_t_nv = tl.exp(_log_prob(y_nv, t_ref_n, at, N, 2))
             d_nv = _log_ratio(delta_nv, ref_n, t_ref_n, at, N)
         else:
+            if base_ptr.dtype.element_ty == tl.float16:
+                x_nv += _load_kept(delta_ptr + kept_nv, mask_nv)
             p_t_nv = x_nv
             d_nv = x_nv
         dz_nv = dz_of(

@@ -24,6 +24,7 @@ from fdfast.kernels.tile_math import (
     wide,
 )
 
+FLOAT16_LOW = tl.constexpr(-65504.0)  # below it float16 is -inf
 # Rows of the partial statistics [PARTIALS, S, N]:
 PARTIALS = 7  # max, sum, dot of the student; max, sum of the teacher; mean and phi sum of u
 
@@ -85,12 +86,17 @@ def _take_topk(s_nv, v_end, offs_v, ids_ptr, z_ptr, cursor_n, K, V, mask_n):
 
 
 @triton.jit
-def _keep_student(s_nv, base_ptrs, ref_ptrs, mask_nv, mask_n):
+def _keep_student(s_nv, base_ptr, delta_ptr, kept_nv, ref_ptrs, mask_nv, mask_n):
     """Store one part of the student's logits and its maximum: see policy_head_pair."""
     ref_n = tl.max(s_nv, 1)
     tl.store(ref_ptrs, ref_n, mask=mask_n)
     x_nv = s_nv - ref_n[:, None]
-    tl.store(base_ptrs, x_nv.to(base_ptrs.dtype.element_ty), mask=mask_nv)
+    base_nv = x_nv.to(base_ptr.dtype.element_ty)
+    tl.store(base_ptr + kept_nv, base_nv, mask=mask_nv)
+    if base_ptr.dtype.element_ty == tl.float16:
+        # Where base is -inf nothing is left: -inf - (-inf) would be NaN.
+        rest_nv = tl.where(x_nv < FLOAT16_LOW, 0.0, x_nv - base_nv.to(tl.float32))
+        tl.store(delta_ptr + kept_nv, rest_nv.to(tl.float16), mask=mask_nv)
 
 
 @triton.jit
@@ -126,7 +132,7 @@ def _sweep_kernel(
     z_target_ptr,  # (N,) float32, written: the target's logit
     z_topk_ptr,  # (N, K) float32, written: the logits at ids, or None
     base_ptr,  # (N, V) float16 or float32, written: see policy_head_pair; or None
-    delta_ptr,  # likewise with a teacher
+    delta_ptr,  # likewise; None without a teacher for float32
     ref_ptr,  # (2, P, N) float32, written: the maximum of each part; or None
     N,
     V,
@@ -170,7 +176,7 @@ def _sweep_kernel(
 
     Reads (BLOCK_N + BLOCK_V) (D + TD) elements a tile and writes 4 (PARTIALS + 1) BLOCK_N bytes in
     all: no logit reaches memory but the target's and those of a top-k teacher. If it KEEPS them, a
-    tile is written, too: 2 or 4 bytes a logit, twice that with a teacher.
+    tile is written, too: 4 bytes a column, 8 for a teacher and float32.
     """
     pid_n, pid_s = tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), num_splits, GROUP_N)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -249,7 +255,7 @@ def _sweep_kernel(
                 kept_nv = (safe_n * stride_bn)[:, None] + offs_v[None, :]
                 ref_ptrs = ref_ptr + wide(begin // (BLOCK_V // PARTS)) * N + safe_n
                 if not HAS_TEACHER:
-                    _keep_student(s_nv, base_ptr + kept_nv, ref_ptrs, mask_nv, mask_n)
+                    _keep_student(s_nv, base_ptr, delta_ptr, kept_nv, ref_ptrs, mask_nv, mask_n)
             if HAS_TOPK:
                 s_nv, cursor_n = _take_topk(
                     s_nv,

@@ -70,7 +70,7 @@ SM_90 = {
     ("grad_pair", 2): Tile(128, 128, 64, 8, 4, parts=8),
     ("topk", 2): Tile(64, 128, 64, 8, 4),
     ("single", 4): Tile(64, 64, 32, 4, 2),
-    ("keep_single", 2): Tile(128, 128, 64, 8, 4, parts=2),
+    ("keep_single", 2): Tile(128, 128, 64, 8, 4, parts=8),
     ("keep_single_softcap", 2): Tile(128, 128, 64, 8, 4, parts=4),
     ("keep_pair", 2): Tile(64, 128, 64, 8, 4, parts=4),
     ("keep_pair_softcap", 2): Tile(64, 128, 64, 8, 4, parts=2),

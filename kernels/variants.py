@@ -129,7 +129,7 @@ def _kept(case: Case, tile: Tile, *, teacher: bool) -> Kept:
     part_v = tile.block_v // tile.parts
     return Kept(
         _empty(N, V, dtype=dtype),
-        _empty(N, V, dtype=dtype) if teacher else None,
+        _empty(N, V, dtype=dtype) if teacher or dtype == torch.float16 else None,
         _empty(2, triton.cdiv(V, part_v), N, dtype=torch.float32),
         part_v,
         tile.split_v,
