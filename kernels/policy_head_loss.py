@@ -3,9 +3,9 @@ so the logits of a chunk become its gradients and nothing is projected twice.
 
 For each chunk of tokens the sweep of `policy_head_fwd` stores the logits, too: 4 bytes a token of
 the vocabulary, two numbers of float16 (see policy_head_pair); for float32 inputs 8 with a
-TeacherHidden and 4 without. A pass over the pair settles the divergence (two for jsd and skew_kl), the loss
-gives its upstream gradients, a kernel turns what was stored into dlogits in place, and PyTorch's
-GEMMs add to the gradients, summed in float32.
+TeacherHidden and 4 without. A pass over the pair settles the divergence (two for jsd and skew_kl),
+the loss gives its upstream gradients, a kernel turns what was stored into dlogits in place, and
+PyTorch's GEMMs add to the gradients, summed in float32.
 
 GEMM units (2 N D V), against `policy_head_fwd` and `policy_head_bwd`: 4 instead of 6 with a
 TeacherHidden (8 for jsd and skew_kl), 3 instead of 4 without; one less each for a frozen weight.

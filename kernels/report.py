@@ -6,6 +6,7 @@
 import json
 import sys
 import time
+from collections.abc import Iterator
 
 from fdfast.kernels import aot
 from fdfast.kernels.variants import LOADS, Case, variants
@@ -15,7 +16,7 @@ CAPABILITIES = (80, 90, 100)
 
 def rows(
     capabilities: tuple[int, ...] = CAPABILITIES, cases: tuple[Case, ...] | None = None
-) -> list[dict[str, object]]:
+) -> Iterator[dict[str, object]]:
     """One row a kernel, specialisation and architecture: compiled here, run nowhere.
 
     Raises:
@@ -25,12 +26,11 @@ def rows(
 
     if INTERPRETING:
         raise RuntimeError("kernels report: unset TRITON_INTERPRET; the interpreter compiles not")
-    table = []
     for capability in capabilities:
         for variant in variants(capability, cases):
             begin = time.perf_counter()
             compiled = aot.compile_variant(variant, capability)
-            row = {
+            yield {
                 "kernel": variant.name,
                 "arch": f"sm_{capability}",
                 "tile": variant.tile,
@@ -41,8 +41,6 @@ def rows(
                 "shared_limit_bytes": aot.SHARED_LIMIT_BYTES[capability],
                 "compile_s": round(time.perf_counter() - begin, 1),
             }
-            table.append(row)
-    return table
 
 
 def main(arguments: list[str]) -> None:

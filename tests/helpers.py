@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fdfast import PolicyHead, TeacherHidden, TeacherTopK, policy_head
@@ -185,6 +186,33 @@ def make_case(
         options["bias"] = bias_V.to(dtype)
     upstream = tuple(u.to(F32).to(F64) for u in upstream)  # the same numbers in every run
     return Case(hidden.to(dtype), weight.to(dtype), targets, options, upstream)  # type: ignore[arg-type]
+
+
+def draw_case(backend: str, draw: Callable[..., Any]) -> Case:
+    """Any shape and options of `policy_head`, by hypothesis's `draw`."""
+    V = draw(st.integers(1, 300), "V")
+    teacher = draw(st.sampled_from(TEACHERS), "teacher")
+    D_teacher = draw(st.sampled_from([None, 1, 5]), "D_teacher")
+    return make_case(
+        draw(st.integers(0, 999), "seed"),
+        tuple(draw(st.lists(st.integers(0, 6), max_size=2), "shape")),
+        draw(st.integers(1, 20), "D"),
+        V,
+        dtype=draw(
+            st.sampled_from([d for d in (F64, F32) if d in BACKEND_DTYPES[backend]]), "dtype"
+        ),
+        teacher=teacher,
+        D_teacher=D_teacher if teacher != "none" else None,
+        K=draw(st.integers(1, V), "K"),
+        bias=draw(st.booleans(), "bias"),
+        masked=draw(st.sampled_from([0.0, 0.4]), "masked"),
+        spread=draw(st.sampled_from([0.1, 1.0, 5.0]), "spread"),
+        divergence=draw(st.sampled_from(sorted(TABLE)), "divergence"),
+        alpha=draw(st.floats(0.05, 0.95), "alpha"),
+        temperature=draw(st.floats(0.3, 2.0), "temperature"),
+        logit_softcap=draw(st.sampled_from([None, 2.0, 30.0]), "logit_softcap"),
+        workspace_mb=draw(st.sampled_from([0.03, 64.0]), "workspace_mb"),
+    )
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -16,6 +18,7 @@ from fdfast import TeacherHidden, policy_head_loss
 from fdfast.divergences import TABLE
 from fdfast.kernels import policy_head, tiles
 from fdfast.kernels import policy_head_loss as chunks
+from fdfast.losses import GRPOLoss
 from fdfast.types import Head, HeadOptions
 from tests.helpers import (
     BF16,
@@ -27,6 +30,8 @@ from tests.helpers import (
     TEACHERS,
     Case,
     assert_right,
+    draw_case,
+    generator,
     make_case,
     peak_bytes,
 )
@@ -183,9 +188,10 @@ def test_logits_of_ten_thousand_and_forbidden_tokens_are_finite_and_right(
         "bias": bias,
         "alpha": 0.25,
     }
-    ours = run(Case(z, eye, base.targets, options, base.upstream))
+    ours = run(case := Case(z, eye, base.targets, options, base.upstream))
     assert all(ours[name].isfinite().all() for name in ("divergence", "dhidden", "dweight"))
     assert (ours["dbias"][3::4] == 0).all()
+    assert_right(case, "triton", ours=ours)
 
 
 def test_a_student_that_forbids_what_the_teacher_does_is_infinitely_far() -> None:
@@ -215,6 +221,49 @@ def test_nan_in_a_masked_row_does_not_leak_and_in_a_trained_row_is_seen() -> Non
     others = mask.clone()
     others[trained] = False
     assert torch.equal(ours["dhidden"][others], whole["dhidden"][others])
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "sapo"])
+@pytest.mark.parametrize("given", ["advantages", "old_logprobs", "ref_logprobs"])
+def test_nan_in_what_a_loss_is_given_counts_in_its_own_row_only(
+    loss_type: str, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case(11, (2, 6), 16, 100, bias=False)
+    g = generator(12)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[0, 1] = mask[1, 4] = False
+    numbers = {name: torch.randn(2, 6, generator=g) for name in ("advantages", "ref_logprobs")}
+    numbers["old_logprobs"] = -5.0 + torch.randn(2, 6, generator=g)
+    calls = calls_of(monkeypatch)
+
+    def gradients(numbers: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, weight = (x.clone().requires_grad_() for x in (case.hidden, case.weight))
+        loss = GRPOLoss(
+            loss_type=loss_type, beta=0.1, epsilon_high=0.28, workspace_mb=0.05, backend="triton"
+        )(hidden, weight, case.targets, mask=mask, **numbers).loss
+        loss.backward()
+        return loss.detach(), hidden.grad, weight.grad
+
+    whole = gradients(numbers)
+    masked = numbers | {given: numbers[given].where(mask, float("nan"))}
+    for clean, ours in zip(whole, gradients(masked), strict=True):
+        assert torch.equal(clean, ours)
+    spoiled = numbers[given].clone()
+    spoiled[1, 2] = float("nan")
+    loss, dhidden, _ = gradients(numbers | {given: spoiled})
+    assert loss.isnan()
+    assert dhidden[1, 2].isnan().all()
+    others = torch.ones(2, 6, dtype=torch.bool)
+    others[1, 2] = False
+    assert torch.equal(dhidden[others], whole[1][others])
+    assert calls == [1, 1, 1]  # it was this way, all rows in one chunk
+
+
+@settings(max_examples=10)  # the interpreter takes a second each
+@given(data=st.data())
+def test_random_shapes_and_options_are_right(data: st.DataObject) -> None:
+    case = draw_case("triton", data.draw)
+    assert_right(case, "triton", ours=run(case))
 
 
 @pytest.mark.parametrize("frozen", [("weight",), ("hidden",), ("weight", "bias")])

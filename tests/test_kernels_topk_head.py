@@ -90,6 +90,26 @@ def test_the_token_objective_and_its_gradient_are_the_reference_s(
         assert (mine.cpu() - theirs).abs().max() <= 4e-6 * theirs.abs().max().clamp(min=1.0)
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "sapo"])
+@pytest.mark.parametrize("spoiled", range(4))
+def test_nan_in_a_row_of_the_token_objective_stays_in_it(loss_type: str, spoiled: int) -> None:
+    # log_ratio, advantages, logprobs, ref_logprobs; logprobs alone do not reach every loss.
+    given = list(torch.randn(4, 9, generator=generator(4)).to(DEVICE))
+
+    def objective(given: list[torch.Tensor]) -> torch.Tensor:
+        kinds = {"ref_logprobs": given[3], "beta": 0.1, "epsilon_high": 0.28}
+        return torch.stack(token_objective_fwd(loss_type, *given[:3], **kinds)).cpu()
+
+    whole = objective(given)
+    given[spoiled] = given[spoiled].clone()
+    given[spoiled][5] = float("nan")
+    ours = objective(given)
+    others = torch.arange(9) != 5
+    assert torch.equal(ours[:, others], whole[:, others])
+    assert ours[0, 5].isnan()
+    assert ours[1:, 5].isnan().any()
+
+
 def test_an_unknown_loss_is_refused() -> None:
     with pytest.raises(ValueError, match="loss_type"):
         token_objective_fwd("ppo", *[torch.zeros(1)] * 3)

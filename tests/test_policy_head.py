@@ -3,7 +3,6 @@
 Legend: N tokens, D hidden, V vocabulary, K top-k.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 from fdfast import TeacherHidden, TeacherTopK, policy_head, topk_head
 from fdfast.divergences import TABLE, TAILS
 from tests.helpers import (
-    BACKEND_DTYPES,
     BACKENDS,
     BACKENDS_AND_DTYPES,
     BACKENDS_TRITON_SLOW,
@@ -27,6 +25,7 @@ from tests.helpers import (
     Case,
     assert_close_to_truth,
     assert_right,
+    draw_case,
     floor_of,
     make_case,
     run,
@@ -283,38 +282,11 @@ def test_a_single_hidden_state_has_scalar_outputs(backend: str, teacher: str) ->
 @settings(max_examples=150)
 @given(data=st.data())
 def test_random_shapes_and_options_are_right_on_the_cpu(data: st.DataObject) -> None:
-    _random_case_is_right("cpu", data.draw)
+    assert_right(draw_case("cpu", data.draw), "cpu")
 
 
 @settings(max_examples=12)  # the interpreter takes a second each
 @given(data=st.data())
 def test_random_shapes_and_options_are_right_in_triton(data: st.DataObject) -> None:
     pytest.importorskip("triton")
-    _random_case_is_right("triton", data.draw)
-
-
-def _random_case_is_right(backend: str, draw: Callable[..., Any]) -> None:
-    V = draw(st.integers(1, 300), "V")
-    teacher = draw(st.sampled_from(TEACHERS), "teacher")
-    D_teacher = draw(st.sampled_from([None, 1, 5]), "D_teacher")
-    case = make_case(
-        draw(st.integers(0, 999), "seed"),
-        tuple(draw(st.lists(st.integers(0, 6), max_size=2), "shape")),
-        draw(st.integers(1, 20), "D"),
-        V,
-        dtype=draw(
-            st.sampled_from([d for d in (F64, F32) if d in BACKEND_DTYPES[backend]]), "dtype"
-        ),
-        teacher=teacher,
-        D_teacher=D_teacher if teacher != "none" else None,
-        K=draw(st.integers(1, V), "K"),
-        bias=draw(st.booleans(), "bias"),
-        masked=draw(st.sampled_from([0.0, 0.4]), "masked"),
-        spread=draw(st.sampled_from([0.1, 1.0, 5.0]), "spread"),
-        divergence=draw(st.sampled_from(sorted(TABLE)), "divergence"),
-        alpha=draw(st.floats(0.05, 0.95), "alpha"),
-        temperature=draw(st.floats(0.3, 2.0), "temperature"),
-        logit_softcap=draw(st.sampled_from([None, 2.0, 30.0]), "logit_softcap"),
-        workspace_mb=draw(st.sampled_from([TINY_MB, 64.0]), "workspace_mb"),
-    )
-    assert_right(case, backend)
+    assert_right(draw_case("triton", data.draw), "triton")

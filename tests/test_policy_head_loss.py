@@ -6,13 +6,35 @@ from torch import Tensor
 
 from fdfast import policy_head, policy_head_loss
 from fdfast.divergences import TABLE
-from tests.helpers import TEACHERS, Case, make_case, mixed, peak_bytes
+from tests.helpers import (
+    BACKEND_DTYPES,
+    BF16,
+    F16,
+    F32,
+    F64,
+    FAST_BACKENDS,
+    TEACHERS,
+    Case,
+    make_case,
+    mixed,
+    peak_bytes,
+)
 
-F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+
+@pytest.fixture(autouse=True)
+def _few_tokens_make_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else Triton would take small workspaces the other way."""
+    if "triton" in BACKEND_DTYPES:
+        from fdfast.kernels import policy_head_loss as chunks
+
+        monkeypatch.setattr(chunks, "MIN_CHUNK_TOKENS", 4)
 
 
-def both_ways(case: Case, scale: float = 1.0, **options: object) -> tuple[dict, dict]:
-    """Loss, fields and gradients by policy_head and by policy_head_loss."""
+def both_ways(
+    case: Case, backend: str = "cpu", *, scale: float = 1.0, **options: object
+) -> tuple[dict, dict]:
+    """Loss, fields and gradients by policy_head and by policy_head_loss, on the CPU."""
+    case = case.on(backend)
     upstream = [u.flatten() for u in case.upstream]
 
     def token_loss(logprobs: Tensor, entropy: Tensor, divergence: Tensor, at: Tensor) -> Tensor:
@@ -23,30 +45,41 @@ def both_ways(case: Case, scale: float = 1.0, **options: object) -> tuple[dict, 
     for one_sweep in (False, True):
         leaves = [x.detach().clone().requires_grad_() for x in (case.hidden, case.weight)]
         bias = case.options["bias"].detach().clone().requires_grad_()
-        arguments = case.options | options | {"bias": bias, "backend": "cpu"}
+        arguments = case.options | options | {"bias": bias, "backend": backend}
         if one_sweep:
             loss, head = policy_head_loss(*leaves, case.targets, token_loss, **arguments)
         else:
             head = policy_head(*leaves, case.targets, **arguments)
             loss = mixed(head, case.upstream)
         (loss * scale).backward()
-        seen = {k: v.detach() for k, v in head._asdict().items()} | {"loss": loss.detach()}
+        seen = head._asdict() | {"loss": loss}
         gradients = zip(("hidden", "weight", "bias"), [*leaves, bias], strict=True)
-        results.append(seen | {f"d{name}": leaf.grad for name, leaf in gradients})
+        seen |= {f"d{name}": leaf.grad for name, leaf in gradients}
+        results.append({name: value.detach().cpu() for name, value in seen.items()})
     return results[0], results[1]
+
+
+# Triton's is held against the truth in test_kernels_policy_head_loss.py, too.
+BOTH_WAYS = [("cpu", F64), ("cpu", F32), ("cpu", BF16)] + [
+    pytest.param("triton", dtype, marks=pytest.mark.slow)
+    for dtype in (F32, F16)
+    if "triton" in BACKEND_DTYPES
+]
 
 
 @pytest.mark.parametrize("divergence", TABLE)
 @pytest.mark.parametrize("teacher", TEACHERS)
-@pytest.mark.parametrize("dtype", [F64, F32, BF16])
-def test_both_ways_give_the_same(teacher: str, divergence: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("backend", "dtype"), BOTH_WAYS)
+def test_both_ways_give_the_same(
+    backend: str, teacher: str, divergence: str, dtype: torch.dtype
+) -> None:
     # Many chunks of tokens, a softcap and a temperature: the chunk's logits are tempered in place.
     case = make_case(
         70, (5, 9), 16, 211, teacher=teacher, dtype=dtype, masked=0.3, divergence=divergence,
         temperature=0.7, logit_softcap=4.0, workspace_mb=0.1,
     )  # fmt: skip
-    after, on_the_way = both_ways(case, scale=-1.5)
-    close = {F64: 1e-12, F32: 2e-5, BF16: 1e-2}[dtype]
+    after, on_the_way = both_ways(case, backend, scale=-1.5)
+    close = {F64: 1e-12, F32: 2e-5, F16: 2e-3, BF16: 1e-2}[dtype]
     for name, value in after.items():
         torch.testing.assert_close(on_the_way[name], value, rtol=close, atol=close, msg=name)
 
@@ -133,21 +166,23 @@ def test_a_frozen_narrow_weight_is_never_widened_whole(
     assert peak <= 2**20 + 6 * N * D + 8 * N * 60, f"{peak / 2**20:.2f} MiB"  # the copy: 4.9 MiB
 
 
-def test_no_gradient_wanted_or_no_token_trained() -> None:
-    case = make_case(72, (6,), teacher="hidden")
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_no_gradient_wanted_or_no_token_trained(backend: str) -> None:
+    case = make_case(72, (6,), teacher="hidden", backend=backend).on(backend)
     loss, head = policy_head_loss(
         case.hidden, case.weight, case.targets, lambda lp, h, d, at: d, **case.options
     )
     assert loss.item() == pytest.approx(head.divergence.sum().item())
     nothing = case.having(mask=torch.zeros(6, dtype=torch.bool))
-    _, ours = both_ways(nothing)
+    _, ours = both_ways(nothing, backend)
     assert ours["loss"] == 0
     assert (ours["dhidden"] == 0).all()
     assert (ours["dweight"] == 0).all()
 
 
-def test_a_loss_that_needs_no_output_has_no_gradient() -> None:
-    case = make_case(73, (6,))
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_a_loss_that_needs_no_output_has_no_gradient(backend: str) -> None:
+    case = make_case(73, (6,), backend=backend).on(backend)
     hidden = case.hidden.requires_grad_()
     loss, _ = policy_head_loss(
         hidden, case.weight, case.targets, lambda lp, h, d, at: torch.ones_like(lp), **case.options
