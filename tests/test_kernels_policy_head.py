@@ -54,7 +54,9 @@ def test_every_divergence_and_teacher_is_right(
     assert_right(case, "triton")
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(F32, marks=pytest.mark.slow), F16, BF16])
+@pytest.mark.parametrize(
+    "dtype", [*(pytest.param(d, marks=pytest.mark.slow) for d in (F32, F16)), BF16]
+)
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_every_option_at_once_is_right(dtype: torch.dtype, teacher: str) -> None:
     # A third masked, both temperatures, softcap, bias, another hidden size of the teacher, and a
@@ -88,6 +90,7 @@ def test_every_shape_is_right(shape: tuple[int, int, int], teacher: str) -> None
     assert_right(make_case(2, (N,), D, V, teacher=teacher, K=min(5, V), spread=2.0), "triton")
 
 
+@pytest.mark.slow
 def test_a_real_vocabulary_with_the_interpreter_s_own_tiles_is_right(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -300,7 +303,7 @@ def test_a_small_workspace_changes_nothing_but_rounding_and_a_smaller_one_says_w
         run(case, "triton", workspace_mb=1e-4)
 
 
-@pytest.mark.parametrize("D", [8, 37])
+@pytest.mark.parametrize("D", [8, pytest.param(37, marks=pytest.mark.slow)])
 def test_the_workspace_that_an_error_advises_is_enough(D: int) -> None:
     case = make_case(57, (20,), D, 600, teacher="hidden", masked=0.2, grad_filter=0.1)
     with pytest.raises(InputError, match=r"workspace_mb=0\.01 holds not") as seen:
@@ -309,7 +312,10 @@ def test_the_workspace_that_an_error_advises_is_enough(D: int) -> None:
     assert run(case, "triton", workspace_mb=float(advised))["logprobs"].isfinite().all()
 
 
-@pytest.mark.parametrize("share", [0.0, pytest.param(0.03, marks=pytest.mark.slow), 0.3])
+@pytest.mark.parametrize(
+    "share",
+    [pytest.param(0.0, marks=pytest.mark.slow), pytest.param(0.03, marks=pytest.mark.slow), 0.3],
+)
 @pytest.mark.parametrize("teacher", ["hidden", "topk-bucket"])
 def test_the_filter_drops_no_more_than_it_may(share: float, teacher: str) -> None:
     case = make_case(15, (4,), 16, 1009, teacher=teacher, spread=4.0, workspace_mb=0.05)

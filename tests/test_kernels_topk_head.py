@@ -17,7 +17,7 @@ from tests.helpers import BF16, DEVICES, F16, F32, generator
 DEVICE = DEVICES["triton"]
 
 
-@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("dtype", [F32, pytest.param(F16, marks=pytest.mark.slow), BF16])
 @pytest.mark.parametrize(("k", "logit_softcap"), [(1, 2.0), (7, None), (128, 2.0)])
 def test_topk_head_is_that_of_stored_logits(
     dtype: torch.dtype, k: int, logit_softcap: float | None, monkeypatch: pytest.MonkeyPatch

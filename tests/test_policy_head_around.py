@@ -13,7 +13,7 @@ from tests.helpers import (
     BF16,
     F32,
     F64,
-    FAST_BACKENDS,
+    FAST_BACKENDS_TRITON_SLOW,
     TEACHERS,
     assert_close_to_truth,
     generator,
@@ -25,7 +25,7 @@ from tests.helpers import (
 INF = float("inf")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_TRITON_SLOW)
 @pytest.mark.parametrize("teacher", TEACHERS)
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(
@@ -87,7 +87,7 @@ def test_autocast_around_it_changes_nothing(backend: str, teacher: str) -> None:
     assert plain["dweight"].equal(weight.grad)
 
 
-@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("backend", FAST_BACKENDS_TRITON_SLOW)
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_backward_within_autocast_changes_nothing(backend: str, teacher: str) -> None:
     # PyTorch advises against it and people do it; plain autograd's GEMMs then run in bfloat16.

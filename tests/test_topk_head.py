@@ -45,10 +45,16 @@ SHAPES = {
     "no leading": ((), 8, 37, 4, 64.0),
     "gpt2": ((3,), 8, 50_257, 25, 0.5),
 }
+SHAPES_AND_BACKENDS = [
+    pytest.param(
+        shape, *row, marks=[pytest.mark.slow] if (shape, row[0]) == ("gpt2", "triton") else []
+    )
+    for shape in SHAPES
+    for row in BACKENDS_AND_DTYPES
+]
 
 
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "backend", "dtype"), SHAPES_AND_BACKENDS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_it_is_torchs_topk_of_stored_logits(
@@ -113,7 +119,7 @@ def test_logits_of_ten_thousand_and_forbidden_tokens_are_right(backend: str) -> 
     assert not (ours.ids < 6).any()
 
 
-@pytest.mark.parametrize(("backend", "dtype"), backends_in(F64, F32, BF16))
+@pytest.mark.parametrize(("backend", "dtype"), backends_in(F64, F32, BF16, triton_slow=True))
 def test_its_result_is_a_teacher(backend: str, dtype: torch.dtype) -> None:
     # The whole vocabulary of it is the divergence to the hidden states themselves.
     case = make_case(74, (2, 5), dtype=dtype, teacher="hidden")
