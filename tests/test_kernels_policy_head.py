@@ -123,7 +123,7 @@ def test_identical_student_and_teacher_give_exactly_zero(divergence: str) -> Non
 
 
 @pytest.mark.parametrize("divergence", TABLE)
-@pytest.mark.parametrize("teacher", ["hidden", "topk-bucket"])
+@pytest.mark.parametrize("teacher", ["hidden", pytest.param("topk-bucket", marks=pytest.mark.slow)])
 def test_logits_of_ten_thousand_are_right(divergence: str, teacher: str) -> None:
     # Peaked: the divergence is thousands of nats, or the students' and teachers' peaks meet.
     case = make_case(7, (6,), 16, 200, teacher=teacher, divergence=divergence, bias=False)
@@ -247,7 +247,9 @@ def test_a_mixture_of_nearly_one_side_is_right(divergence: str, alpha: float) ->
     assert_right(case.having(divergence=divergence, alpha=alpha), "triton")
 
 
-@pytest.mark.parametrize("frozen", [("weight",), ("hidden",), ("weight", "bias")])
+@pytest.mark.parametrize(
+    "frozen", [("weight",), ("hidden",), pytest.param(("weight", "bias"), marks=pytest.mark.slow)]
+)
 def test_frozen_leaves_get_no_gradient_and_change_no_other(frozen: tuple[str, ...]) -> None:
     case = make_case(12, (9,), 16, 200, teacher="hidden")
     all_of_them, ours = run(case, "triton"), run(case, "triton", frozen=frozen)

@@ -266,7 +266,9 @@ def test_random_shapes_and_options_are_right(data: st.DataObject) -> None:
     assert_right(case, "triton", ours=run(case))
 
 
-@pytest.mark.parametrize("frozen", [("weight",), ("hidden",), ("weight", "bias")])
+@pytest.mark.parametrize(
+    "frozen", [("weight",), ("hidden",), pytest.param(("weight", "bias"), marks=pytest.mark.slow)]
+)
 def test_frozen_leaves_get_no_gradient_and_change_no_other(frozen: tuple[str, ...]) -> None:
     case = make_case(12, (9,), 16, 200, teacher="hidden")
     all_of_them, ours = run(case), run(case, frozen=frozen)
