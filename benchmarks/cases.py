@@ -20,7 +20,10 @@ GROWTH_V = (49152, 151936)
 ERROR_TOKENS = {"timed": 128, "accuracy": 256}  # float64 takes long
 PLAIN, FILTERED = "ours", "ours, filter {}"
 LOGPROBS_ALONE = partial(c.naive_grpo, entropy_coef=0.0)  # what peers without entropy compute
-WIDE_WORKSPACE = "ours, workspace 256 MiB"
+# Beside the default: what the memory targets are for; on a GPU, what holds the token-chunk way.
+OTHER_WORKSPACE_MB = {"cpu": 64.0, "cuda": 4096.0}
+WORKSPACE = "ours, workspace {:.0f} MiB"
+SMALL = WORKSPACE.format(OTHER_WORKSPACE_MB["cpu"])
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Case:
     def contenders(self) -> list[Contender]:
         """Who computes this case."""
         if self.kind == "growth":
-            return [self._ours(PLAIN)]
+            return [self._with_other_workspace()]
         made = self._kl() if self.loss == "forward KL" else self._grpo()
         if self.kind == "accuracy":
             keep = (PLAIN, FILTERED.format(0.03), "naive PyTorch", "Liger-Kernel", "TRL")
@@ -112,8 +115,12 @@ class Case:
         return [
             self._ours(PLAIN),
             *(self._ours(FILTERED.format(f), grad_filter=f) for f in (0.03, 0.1)),
-            self._ours(WIDE_WORKSPACE, workspace_mb=256.0),
+            self._with_other_workspace(),
         ]
+
+    def _with_other_workspace(self) -> Contender:
+        mb = OTHER_WORKSPACE_MB[self.device]
+        return self._ours(WORKSPACE.format(mb), workspace_mb=mb)
 
     def _peer(
         self, name: str, loss: c.Loss, truth: c.Loss, package: str, **more: bool

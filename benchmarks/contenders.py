@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.data import Inputs, first_tokens
 from fdfast import FeedbackDistillationLoss, GRPOLoss, TeacherHidden, policy_head, reference
 from fdfast.cpu import gemm
+from fdfast.types import DEFAULT_WORKSPACE_MB
 
 ENTROPY_COEF = 1e-3
 Loss = Callable[[Inputs], Tensor]
@@ -62,7 +63,9 @@ def backend_of(x: Inputs) -> str:
     return "triton" if x["hidden"].is_cuda else "cpu"
 
 
-def ours_kl(x: Inputs, *, grad_filter: float | None = None, workspace_mb: float = 64.0) -> Tensor:
+def ours_kl(
+    x: Inputs, *, grad_filter: float | None = None, workspace_mb: float = DEFAULT_WORKSPACE_MB
+) -> Tensor:
     """FeedbackDistillationLoss: gradients taken on the way where that fits the workspace."""
     loss = FeedbackDistillationLoss(
         grad_filter=grad_filter, workspace_mb=workspace_mb, backend=backend_of(x)
@@ -96,7 +99,9 @@ def true_kl(x: Inputs) -> Tensor:
     return reference.divergence("forward_kl", t, s).mean()
 
 
-def ours_grpo(x: Inputs, *, grad_filter: float | None = None, workspace_mb: float = 64.0) -> Tensor:
+def ours_grpo(
+    x: Inputs, *, grad_filter: float | None = None, workspace_mb: float = DEFAULT_WORKSPACE_MB
+) -> Tensor:
     """GRPOLoss with a differentiable entropy bonus."""
     B = len(x["advantages"])
     shape = (B, len(x["targets"]) // B)

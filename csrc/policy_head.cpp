@@ -65,15 +65,14 @@ void head_stats(T* student, T* teacher, int64_t R, int64_t V, const int64_t* tar
     T* s = student + r * V;
     loops<T>().temper(s, V, static_cast<T>(math.softcap), static_cast<T>(math.inv_temperature));
     double weighted = 0.0;
-    norm[r] = loops<T>().norm(s, V, &weighted);
+    norm[r] = loops<T>().norm(s, V, &weighted, &argmax[r]);
     logprob[r] = (static_cast<double>(s[targets[r]]) - norm[r].max) - norm[r].log_sum;
     entropy[r] = norm[r].log_sum - weighted;
-    argmax[r] = std::min<int64_t>(std::find(s, s + V, static_cast<T>(norm[r].max)) - s, V - 1);  // V: all NaN
     divergence[r] = center[r] = 0.0;
     if (teacher == nullptr) return;
     T* t = teacher + r * V;
     loops<T>().temper(t, V, static_cast<T>(math.softcap), static_cast<T>(math.teacher_inv_temperature));
-    teacher_norm[r] = loops<T>().norm(t, V, nullptr);
+    teacher_norm[r] = loops<T>().norm(t, V, nullptr, nullptr);
     loops<T>().divergence(s, t, V, norm[r], teacher_norm[r], math, &divergence[r], &center[r]);
   });
 }
@@ -89,7 +88,7 @@ void head_divergence(const T* student, const T* teacher, int64_t R, int64_t V, c
 
 template <typename T>
 void row_norms(const T* z, int64_t R, int64_t V, int threads, RowNorm* norm) {
-  for_rows(R, threads, [&](int64_t r) { norm[r] = loops<T>().norm(z + r * V, V, nullptr); });
+  for_rows(R, threads, [&](int64_t r) { norm[r] = loops<T>().norm(z + r * V, V, nullptr, nullptr); });
 }
 
 template <typename T>
@@ -143,18 +142,24 @@ void row_thresholds(const T* x, int64_t R, int64_t V, double share, int threads,
     std::memcpy(&value, &bits, sizeof value);
     return value;
   };
+  const auto bin = [](T value) {  // whose edge is at most the value
+    Int bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits >> kShift;
+  };
   for_rows(R, threads, [&](int64_t r) {
     const T* row = x + r * V;
-    // Halving, with all below `low` within the share, and not all below `high`, infinity at first.
+    // Halving, with all below `low` within the share, and not all below `high`, infinity at first. However the sum is
+    // spread, all below a V-th of the share are within it.
     Int low = 0, high = ((Int{1} << Bits<T>::kExponent) - 1) << 3;
     total[r] = loops<T>().mass(row, V, edge(high));
+    if (std::isfinite(total[r])) low = std::min(bin(static_cast<T>(share * total[r] / V)), high);
     while (high - low > 1) {
       const Int middle = low + (high - low) / 2;
       (loops<T>().mass(row, V, edge(middle)) <= share * total[r] ? low : high) = middle;
     }
     threshold[r] = edge(low);
-    needed[r] = 0;
-    for (int64_t v = 0; v < V; ++v) needed[r] += !(std::abs(row[v]) < edge(low));
+    needed[r] = V - loops<T>().count(row, V, edge(low));
   });
 }
 

@@ -12,18 +12,21 @@ struct RowCoefs {
   double p, plogp, divergence, center;
 };
 
-// `norm`, `divergence` and `gradient` take z. `weighted` (may be null) receives sum p (z - max). `narrow` rounds a row
-// to bfloat16 in place, into the first half of its bytes; null for double. `mass` is the sum of the |x| below `edge`.
+// `norm`, `divergence` and `gradient` take z. `weighted` receives sum p (z - max), `argmax` the first place of the max;
+// both may be null. `narrow` rounds a row
+// to bfloat16 in place, into the first half of its bytes; null for double. `mass` is the sum of the |x| below `edge`,
+// `count` their number.
 // `add_rows` adds values[i] * rows[index[i]], i < n, to sum (D); `add_rows_bf16` takes bfloat16 rows; null for double.
 template <typename T>
 struct RowLoops {
   void (*temper)(T* row, int64_t V, T softcap, T inv_temperature);
-  RowNorm (*norm)(const T* z, int64_t V, double* weighted);
+  RowNorm (*norm)(const T* z, int64_t V, double* weighted, int64_t* argmax);
   void (*divergence)(const T* s, const T* t, int64_t V, RowNorm n, RowNorm m, const HeadMath& math, double* value,
                      double* center);
   void (*gradient)(T* s, const T* t, int64_t V, const HeadMath& math, RowNorm n, RowNorm m, RowCoefs coefs);
   void (*narrow)(T* row, int64_t V);
   double (*mass)(const T* x, int64_t V, T edge);
+  int64_t (*count)(const T* x, int64_t V, T edge);
   void (*add_rows)(const T* values, const int32_t* index, int64_t n, const T* rows, int64_t D, T* sum);
   void (*add_rows_bf16)(const T* values, const int32_t* index, int64_t n, const uint16_t* rows, int64_t D, T* sum);
 };

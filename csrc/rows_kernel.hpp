@@ -64,14 +64,12 @@ FDFAST_INLINE double total(Vec<T> x) {
   return sum;
 }
 
-// e^x, 0 below -87 and e^88 above 88: 2^n by the exponent bits, e^r by a polynomial. 1 ulp.
-FDFAST_INLINE VecF exp_(VecF x) {
+// e^x for x up to 88, 0 below -87: 2^n by the exponent bits, e^r by a polynomial. 1 ulp.
+FDFAST_INLINE VecF exp_to_88(VecF x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low mantissa bits
-  VecF clamped = x < -87.0f ? all(-87.0f) : x;
-  clamped = clamped > 88.0f ? all(88.0f) : clamped;
-  const VecF shifted = clamped * 1.44269504f + magic;
+  const VecF shifted = x * 1.44269504f + magic;
   const VecF n = shifted - magic;
-  const VecF r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  const VecF r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   VecF y = r * 1.98412698e-4f + 1.38888889e-3f;
   y = y * r + 8.33333333e-3f;
   y = y * r + 4.16666667e-2f;
@@ -79,14 +77,18 @@ FDFAST_INLINE VecF exp_(VecF x) {
   y = y * r + 0.5f;
   y = y * (r * r) + r + 1.0f;
   const VecI scale = ((VecI)shifted + 127) << 23;  // the magic number's own bits leave at the top
-  return x < -87.0f ? all(0.0f) : y * (VecF)scale;
+  return x < -87.0f ? VecF{} : y * (VecF)scale;    // also where n and r are nothing
 }
+// Of logits less their maximum, or of log-probabilities.
+FDFAST_INLINE VecF exp_of_negative(VecF x) { return exp_to_88(x); }
+FDFAST_INLINE VecF exp_(VecF x) { return exp_to_88(x > 88.0f ? all(88.0f) : x); }
 // Clamped likewise: p and e^(t - s) never become a subnormal and an infinity whose product is NaN.
 FDFAST_INLINE VecD exp_(VecD x) {
   VecD y;
   for (int64_t i = 0; i < kLanes<double>; ++i) y[i] = x[i] < -708.0 ? 0.0 : __builtin_exp(x[i] < 708.0 ? x[i] : 708.0);
   return y;
 }
+FDFAST_INLINE VecD exp_of_negative(VecD x) { return exp_(x); }
 
 // log x for x > 0 normal: x = m 2^e with m in [1/sqrt2, sqrt2), log m by a polynomial in m - 1.
 FDFAST_INLINE VecF log_(VecF x) {
@@ -113,11 +115,16 @@ constexpr double kNear = 0.5;
 template <typename V>
 FDFAST_INLINE V phi_near(V x) {
   using T = Lane<V>;
-  constexpr int kLast = sizeof(T) == 4 ? 9 : 16;  // 0.5^k / k! below one rounding of phi(0.5)
-  V y = x * (T(1) / kLast) + T(1);
+  constexpr int kLast = sizeof(T) == 4 ? 8 : 16;  // 0.5^k / k! below one rounding of phi(0.5)
+  double factorial = 20922789888000.0;             // 16!; all of this is known to the compiler
+  for (int k = 16; k > kLast; --k) factorial /= k;
+  V y = V{} + T(1.0 / factorial);
 #pragma GCC unroll 16
-  for (int k = kLast - 1; k >= 3; --k) y = x * (y * (T(1) / k)) + T(1);
-  return x * x * T(0.5) * y;
+  for (int k = kLast; k > 2; --k) {
+    factorial /= k;
+    y = y * x + T(1.0 / factorial);
+  }
+  return x * x * y;
 }
 template <typename V>
 FDFAST_INLINE V expm1_(V x) {
@@ -246,23 +253,34 @@ void temper_row(T* row, int64_t V, T softcap, T inv_temperature) {
   });
 }
 
-// log-sum-exp of a row; *weighted receives sum p (z - max), for the entropy.
+// log-sum-exp of a row; *weighted receives sum p (z - max), for the entropy, and *argmax the first place of the max, the
+// last place of all where there is none.
 template <typename T>
-RowNorm norm_row(const T* z, int64_t V, double* weighted) {
-  Vec<T> tops = all(-kInf<T>);
-  for_vectors<T>(0, V, [&](int64_t v, auto extent) __attribute__((always_inline)) {
-    const Vec<T> x = load(z + v, extent);
-    tops = x > tops ? x : tops;
-  });
+RowNorm norm_row(const T* z, int64_t V, double* weighted, int64_t* argmax) {
   T top = -kInf<T>;
-  for (int64_t i = 0; i < kLanes<T>; ++i) top = tops[i] > top ? tops[i] : top;
+  int64_t top_strip = 0;
+  for (int64_t begin = 0; begin < V; begin += kStrip) {
+    Vec<T> tops = all(-kInf<T>);
+    for_vectors<T>(begin, strip_end(begin, V), [&](int64_t v, auto extent) __attribute__((always_inline)) {
+      const Vec<T> x = load(z + v, extent);
+      tops = x > tops ? x : tops;
+    });
+    const T before = top;
+    for (int64_t i = 0; i < kLanes<T>; ++i) top = tops[i] > top ? tops[i] : top;
+    if (top > before) top_strip = begin;
+  }
+  if (argmax != nullptr) {
+    int64_t v = top_strip;
+    while (v < V - 1 && z[v] != top) ++v;
+    *argmax = v;
+  }
   if (top == -kInf<T>) return {-kInf<double>, 0.0};
   double sum = 0.0, dot = 0.0;
   for (int64_t begin = 0; begin < V; begin += kStrip) {
     Vec<T> sums{}, dots{};
     for_vectors<T>(begin, strip_end(begin, V), [&](int64_t v, auto extent) __attribute__((always_inline)) {
       const Vec<T> x = load(z + v, extent) - top;
-      const Vec<T> e = exp_(x);
+      const Vec<T> e = exp_of_negative(x);
       sums += e;
       dots += e == T(0) ? Vec<T>{} : e * x;
     });
@@ -283,7 +301,7 @@ FDFAST_INLINE void divergence_row(const T* s, const T* t, int64_t V, RowNorm n, 
     for_vectors<T>(begin, strip_end(begin, V), [&](int64_t v, auto extent) __attribute__((always_inline)) {
       const Vec<T> a = load(s + v, extent) - top, b = load(t + v, extent) - t_top;
       Vec<T> term, center_term;
-      divergence_terms<kind>(exp_(a - log_sum), exp_(b - t_log_sum), (b - a) - shift, T(alpha), T(1.0 - alpha), term,
+      divergence_terms<kind>(exp_of_negative(a - log_sum), exp_of_negative(b - t_log_sum), (b - a) - shift, T(alpha), T(1.0 - alpha), term,
                              center_term);
       terms += term;
       centers += center_term;
@@ -306,8 +324,8 @@ template <Divergence kind, bool capped, typename T>
 FDFAST_INLINE void grad_row(T* s, const T* t, int64_t V, const HeadMath& math, RowNorm n, RowNorm m, RowCoefs c) {
   const T top = n.max, log_sum = n.log_sum, t_top = m.max, t_log_sum = m.log_sum, shift = m.log_sum - n.log_sum;
   for_vectors<T>(0, V, [&](int64_t v, auto extent) __attribute__((always_inline)) {
-    const Vec<T> z = load(s + v, extent), a = z - top, log_p = a - log_sum, p = exp_(log_p);
-    const Vec<T> b = load(t + v, extent) - t_top, p_t = exp_(b - t_log_sum);
+    const Vec<T> z = load(s + v, extent), a = z - top, log_p = a - log_sum, p = exp_of_negative(log_p);
+    const Vec<T> b = load(t + v, extent) - t_top, p_t = exp_of_negative(b - t_log_sum);
     const Vec<T> direct = p == T(0) ? Vec<T>{} : p * (T(c.p) + T(c.plogp) * log_p);
     const Vec<T> toward =
         divergence_grad<kind>(p, p_t, (b - a) - shift, T(math.alpha), T(1.0 - math.alpha), T(c.center));
@@ -319,7 +337,7 @@ template <bool capped, typename T>
 FDFAST_INLINE void grad_row_alone(T* s, int64_t V, const HeadMath& math, RowNorm n, RowCoefs c) {
   const T top = n.max, log_sum = n.log_sum;
   for_vectors<T>(0, V, [&](int64_t v, auto extent) __attribute__((always_inline)) {
-    const Vec<T> z = load(s + v, extent), log_p = (z - top) - log_sum, p = exp_(log_p);
+    const Vec<T> z = load(s + v, extent), log_p = (z - top) - log_sum, p = exp_of_negative(log_p);
     const Vec<T> dz = p == T(0) ? Vec<T>{} : p * (T(c.p) + T(c.plogp) * log_p);
     store(s + v, extent, dz * slope<capped>(z, T(math.softcap), T(math.inv_temperature)));
   });
@@ -391,6 +409,18 @@ double mass_below(const T* x, int64_t V, T edge) {
   return mass;
 }
 
+// How many |x| are below `edge`.
+template <typename T>
+int64_t count_below(const T* x, int64_t V, T edge) {
+  typename Simd<T>::Int counts{};
+  for_vectors<T>(0, V, [&](int64_t v, auto extent) __attribute__((always_inline)) {
+    counts -= abs_(load(x + v, extent)) < edge;  // true is -1
+  });
+  int64_t count = 0;
+  for (int64_t i = 0; i < kLanes<T>; ++i) count += counts[i];
+  return count;
+}
+
 FDFAST_INLINE VecF load_row(const uint16_t* at, Whole) {
   typedef uint16_t Half __attribute__((vector_size(32)));
   typedef uint32_t Bits __attribute__((vector_size(64)));
@@ -440,11 +470,11 @@ void add_rows(const T* values, const int32_t* index, int64_t n, const Row* rows,
 
 RowLoops<float> float_loops() {
   return {temper_row<float>, norm_row<float>, divergence_of_row<float>, gradient_of_row<float>,
-          narrow_row, mass_below<float>, add_rows<float, float>, add_rows<float, uint16_t>};
+          narrow_row, mass_below<float>, count_below<float>, add_rows<float, float>, add_rows<float, uint16_t>};
 }
 RowLoops<double> double_loops() {
   return {temper_row<double>, norm_row<double>, divergence_of_row<double>, gradient_of_row<double>,
-          nullptr, mass_below<double>, add_rows<double, double>, nullptr};
+          nullptr, mass_below<double>, count_below<double>, add_rows<double, double>, nullptr};
 }
 
 }  // namespace fdfast::FDFAST_ROWS

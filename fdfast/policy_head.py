@@ -18,9 +18,14 @@ from fdfast.checks import check_head, check_ids, check_positive
 from fdfast.dispatch import backend_for
 from fdfast.divergences import TABLE, TAILS
 from fdfast.policy_head_group import VocabularySlice
-from fdfast.types import Head, HeadOptions, PolicyHead, TeacherHidden, TeacherTopK
-
-DEFAULT_WORKSPACE_MB = 64.0
+from fdfast.types import (
+    DEFAULT_WORKSPACE_MB,
+    Head,
+    HeadOptions,
+    PolicyHead,
+    TeacherHidden,
+    TeacherTopK,
+)
 
 
 class _PolicyHeadFunction(torch.autograd.Function):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fdfast.policy_head import DEFAULT_WORKSPACE_MB, Prepared, policy_head, prepare
-from fdfast.types import PolicyHead, TeacherHidden, TeacherTopK
+from fdfast.policy_head import Prepared, policy_head, prepare
+from fdfast.types import DEFAULT_WORKSPACE_MB, PolicyHead, TeacherHidden, TeacherTopK
 
 # (logprobs, entropy, divergence, positions) -> the loss of each token, all (n,)
 TokenLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -92,7 +92,8 @@ def policy_head_loss(
     of its gradient, and `workspace_mb` does not hold it with some tokens' logits beside it; the
     reference; a group; no gradient wanted), it is `policy_head` with the loss after it: the same
     value and gradients, at that op's cost. For a bfloat16 weight of 49,152 x 576 that copy is 108
-    MiB; workspace_mb=160 saves a quarter of the time, 256 a little more.
+    MiB: the default workspace holds it, half of that takes an eighth more time, 256 MiB a little
+    less.
 
     Args:
         hidden: (..., D) floating; differentiable.

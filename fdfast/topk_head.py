@@ -10,8 +10,7 @@ from torch import Tensor
 from fdfast import reference
 from fdfast.checks import check_head, check_positive
 from fdfast.dispatch import backend_for
-from fdfast.policy_head import DEFAULT_WORKSPACE_MB
-from fdfast.types import Head, TopK
+from fdfast.types import DEFAULT_WORKSPACE_MB, Head, TopK
 
 
 @torch.no_grad()

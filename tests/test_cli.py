@@ -101,7 +101,7 @@ def test_a_command_without_a_model_does_not_wait_for_torch():
         "from fdfast import policy_head as f",
         "import fdfast.policy_head; f = fdfast.policy_head",
         "import fdfast.topk_head, fdfast.losses; f = fdfast.policy_head",
-        "from fdfast.policy_head import DEFAULT_WORKSPACE_MB; f = fdfast.policy_head",
+        "from fdfast.policy_head import prepare; f = fdfast.policy_head",
         "from fdfast import *; f = policy_head",
         "import pickle; f = pickle.loads(pickle.dumps(fdfast.policy_head))",
     ],

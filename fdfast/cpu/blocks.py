@@ -131,7 +131,10 @@ class RowBlocks:
         row_bytes = sum(self.vocabulary + h.weight_VD.shape[1] for h in self.heads) * dtype.itemsize
         left = workspace_bytes - copied * self.columns
         self.tokens = agree(min(MAX_CHUNK_TOKENS, self.num_tokens, left // row_bytes))
-        if self.tokens < 1 and self.num_tokens:
+        if self.tokens >= 1:  # chunks of one length: a short one would be slow
+            chunks = -(-self.num_tokens // self.tokens)
+            self.tokens = -(-self.num_tokens // chunks)
+        elif self.num_tokens:
             raise too_small(operation, workspace_bytes, 2 * row_bytes + 4 * copied)
         size = len(self.heads) * max(1, self.tokens) * self.vocabulary
         self.buffer = torch.empty(size, dtype=dtype)

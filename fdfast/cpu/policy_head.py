@@ -46,6 +46,8 @@ MOST_NEEDED = {torch.float64: 0.4, torch.float32: 0.4, torch.bfloat16: 0.25}
 # With fewer tokens a chunk, reading and writing a float32 sum of the whole weight's gradient costs
 # more than projecting again.
 MIN_CHUNK_TOKENS = 64
+# Of a block in the gradients of a chunk: its weight stays in the cache from the one to the other.
+CACHED_COLUMNS = 1024
 
 
 def policy_head_fwd(
@@ -258,7 +260,7 @@ def policy_head_loss_fwd(
                 continue
             if dlogits_RV.dtype != gemms.operands:
                 dlogits_RV = narrowed(dlogits_RV, gemms.operands)
-            for block in slices(len(student.weight_VD), blocks.columns):
+            for block in slices(len(student.weight_VD), min(blocks.columns, CACHED_COLUMNS)):
                 weight_BD, _ = converted(student, block, gemms.operands)
                 sum_BD = None if weight_sum_VD is None else weight_sum_VD[block]
                 sums.add(dlogits_RV[:, block], hidden_RD, weight_BD, sum_BD, rows)

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from fdfast.losses.output import LossOutput, masked_mean, normalizer
-from fdfast.policy_head import DEFAULT_WORKSPACE_MB
 from fdfast.policy_head_loss import policy_head_loss
-from fdfast.types import TeacherHidden, TeacherTopK
+from fdfast.types import DEFAULT_WORKSPACE_MB, TeacherHidden, TeacherTopK
 
 
 class FeedbackDistillationLoss(torch.nn.Module):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fdfast.losses.output import LossOutput, masked_mean, masked_sum, normalizer
-from fdfast.policy_head import DEFAULT_WORKSPACE_MB, policy_head
+from fdfast.policy_head import policy_head
 from fdfast.policy_head_loss import policy_head_loss
 from fdfast.reference import k3, statistics_dtype, token_objective
-from fdfast.types import PolicyHead
+from fdfast.types import DEFAULT_WORKSPACE_MB, PolicyHead
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
 IS_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")

@@ -14,6 +14,7 @@ from fdfast.divergences import TABLE, TAILS
 from fdfast.errors import InputError, MachineError
 from fdfast.feedback import PROVIDERS
 from fdfast.trainer.presets import PRESETS
+from fdfast.types import DEFAULT_WORKSPACE_MB
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class TrainConfig:
     tail: str = "truncate"
     entropy_coef: float = 0.0
     grad_filter: float | None = None
-    workspace_mb: float = 64.0
+    workspace_mb: float = DEFAULT_WORKSPACE_MB
     backend: str = "auto"
     teacher_ema_alpha: float = 0.9
     teacher_ema_every: int = 5
