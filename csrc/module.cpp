@@ -72,19 +72,13 @@ void bind(py::module_& m, const char* suffix) {
       },
       no_gil);
   m.def(
-      name("sparse_dhidden_").c_str(),
-      [](uintptr_t dlogits, int64_t R, int64_t V, uintptr_t threshold, uintptr_t weight, bool bf16, int64_t D,
-         int threads, uintptr_t dhidden, uintptr_t kept) {
-        sparse_dhidden(at<const T>(dlogits), R, V, at<const double>(threshold), at<const void>(weight), bf16, D,
-                       threads, at<T>(dhidden), at<double>(kept));
-      },
-      no_gil);
-  m.def(
-      name("sparse_dweight_").c_str(),
-      [](uintptr_t dlogits, int64_t R, int64_t V, uintptr_t threshold, uintptr_t hidden, bool bf16, int64_t D,
-         int threads, uintptr_t dweight) {
-        sparse_dweight(at<const T>(dlogits), R, V, at<const double>(threshold), at<const void>(hidden), bf16, D,
-                       threads, at<T>(dweight));
+      name("sparse_grads_").c_str(),
+      [](uintptr_t dlogits, int64_t R, int64_t V, uintptr_t threshold, uintptr_t weight, bool weight_bf16,
+         uintptr_t hidden, bool hidden_bf16, int64_t D, int threads, uintptr_t dhidden, uintptr_t dweight,
+         uintptr_t kept) {
+        sparse_grads(at<const T>(dlogits), R, V, at<const double>(threshold), {at<const void>(weight), weight_bf16},
+                     {at<const void>(hidden), hidden_bf16}, D, threads, at<T>(dhidden), at<T>(dweight),
+                     at<double>(kept));
       },
       no_gil);
 }

@@ -165,93 +165,90 @@ void row_thresholds(const T* x, int64_t R, int64_t V, double share, int threads,
 
 namespace {
 
-constexpr int64_t kSparseColumns = 128;  // whose weights stay in a second-level cache while the rows go by
-constexpr int64_t kLineColumns = 16;
+constexpr int64_t kSparseColumns = 256;  // whose weights stay in a second-level cache while the rows go by
+constexpr int64_t kSlot = kSparseColumns + 16;  // `pick` writes up to a vector more than it returns
 
-// sum += values[i] * rows[index[i]] for rows of either type.
+// sum += values[i] * rows[first + index[i]].
 template <typename T>
-void add_rows(const std::vector<T>& values, const std::vector<int32_t>& index, int64_t n, const void* rows, bool bf16,
-              int64_t D, T* sum) {
+void add_rows(const T* values, const int32_t* index, int64_t n, Rows rows, int64_t first, int64_t D, T* sum) {
   if constexpr (std::is_same_v<T, float>) {
-    if (bf16) {
-      const auto* bf16_rows = static_cast<const uint16_t*>(rows);
-      return loops<T>().add_rows_bf16(values.data(), index.data(), n, bf16_rows, D, sum);
+    if (rows.bf16) {
+      const auto* narrow = static_cast<const uint16_t*>(rows.at) + first * D;
+      return loops<T>().add_rows_bf16(values, index, n, narrow, D, sum);
     }
   }
-  loops<T>().add_rows(values.data(), index.data(), n, static_cast<const T*>(rows), D, sum);
+  loops<T>().add_rows(values, index, n, static_cast<const T*>(rows.at) + first * D, D, sum);
+}
+
+// body(row, place of the entry) for the entries in columns [begin, end), row by row.
+template <typename Body>
+void for_entries(const std::vector<int64_t>& counts, const int32_t* columns, int64_t begin, int64_t end,
+                 const Body& body) {
+  for (size_t r = 0; r < counts.size(); ++r) {
+    for (int64_t at = r * kSlot; at < static_cast<int64_t>(r) * kSlot + counts[r]; ++at) {
+      if (columns[at] >= begin && columns[at] < end) body(static_cast<int64_t>(r), at);
+    }
+  }
 }
 
 }  // namespace
 
 template <typename T>
-void sparse_dhidden(const T* dlogits, int64_t R, int64_t V, const double* threshold, const void* weight, bool bf16,
-                    int64_t D, int threads, T* dhidden, double* kept) {
-  const int64_t row_bytes = D * (bf16 ? sizeof(uint16_t) : sizeof(T));
-  for_shares(R, threads, [&](int64_t begin, int64_t end) {
-    std::vector<T> values(kSparseColumns);
-    std::vector<int32_t> index(kSparseColumns);
-    for (int64_t v = 0; v < V; v += kSparseColumns) {
-      const int64_t columns = std::min(kSparseColumns, V - v);
+void sparse_grads(const T* dlogits, int64_t R, int64_t V, const double* threshold, Rows weight, Rows hidden, int64_t D,
+                  int threads, T* dhidden, T* dweight, double* kept) {
+  // What is kept of a block of columns, a slot a row: dlogits are read once, a few lines of memory at a time.
+  std::vector<T> values(R * kSlot);
+  std::vector<int32_t> columns(R * kSlot);
+  std::vector<int64_t> counts(R);
+  for (int64_t v = 0; v < V; v += kSparseColumns) {
+    const int64_t width = std::min(kSparseColumns, V - v);
+    for_shares(R, threads, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        const T* row = dlogits + r * V + v;
-        const T least = static_cast<T>(threshold[r]);
-        int64_t n = 0;
-        for (int64_t i = 0; i < columns; ++i) {
-          values[n] = row[i];
-          index[n] = static_cast<int32_t>(i);
-          n += !(std::abs(row[i]) < least);  // a NaN is never dropped
-        }
+        T* const value = values.data() + r * kSlot;
+        int32_t* const column = columns.data() + r * kSlot;
+        const int64_t n = counts[r] =
+            loops<T>().pick(dlogits + r * V + v, width, static_cast<T>(threshold[r]), value, column);
         double sum = 0.0;
-        for (int64_t i = 0; i < n; ++i) sum += std::abs(values[i]);
+        for (int64_t i = 0; i < n; ++i) sum += std::abs(value[i]);
         kept[r] += sum;
-        if (dhidden != nullptr) {
-          add_rows(values, index, n, static_cast<const char*>(weight) + v * row_bytes, bf16, D, dhidden + r * D);
+        if (dhidden != nullptr && n > 0) {
+          add_rows(value, column, n, weight, v, D, dhidden + r * D);
         }
       }
-    }
-  });
-}
-
-template <typename T>
-void sparse_dweight(const T* dlogits, int64_t R, int64_t V, const double* threshold, const void* hidden, bool bf16,
-                    int64_t D, int threads, T* dweight) {
-  for_shares(V, threads, [&](int64_t begin, int64_t end) {
-    std::vector<T> values(R);
-    std::vector<int32_t> index(R);
-    std::vector<T> column(R * kLineColumns);
-    for (int64_t v = begin; v < end; v += kLineColumns) {
-      const int64_t columns = std::min(kLineColumns, end - v);
-      for (int64_t r = 0; r < R; ++r) {  // a line of memory at a time
-        for (int64_t i = 0; i < columns; ++i) column[i * R + r] = dlogits[r * V + v + i];
+    });
+    if (dweight == nullptr) continue;
+    for_shares(width, threads, [&](int64_t begin, int64_t end) {
+      // The same entries by columns, each column's in the order of the rows.
+      std::vector<int64_t> ends(kSparseColumns + 1);
+      for_entries(counts, columns.data(), begin, end, [&](int64_t, int64_t at) { ++ends[columns[at] + 1]; });
+      for (int64_t c = begin; c < end; ++c) ends[c + 1] += ends[c];
+      std::vector<T> sorted(ends[end]);
+      std::vector<int32_t> rows(ends[end]);
+      for_entries(counts, columns.data(), begin, end, [&](int64_t r, int64_t at) {
+        const int64_t to = ends[columns[at]]++;
+        sorted[to] = values[at];
+        rows[to] = static_cast<int32_t>(r);
+      });
+      for (int64_t c = begin, from = 0; c < end; from = ends[c++]) {
+        if (ends[c] == from) continue;
+        add_rows(sorted.data() + from, rows.data() + from, ends[c] - from, hidden, 0, D, dweight + (v + c) * D);
       }
-      for (int64_t i = 0; i < columns; ++i) {
-        int64_t n = 0;
-        for (int64_t r = 0; r < R; ++r) {
-          const T x = column[i * R + r];
-          values[n] = x;
-          index[n] = static_cast<int32_t>(r);
-          n += !(std::abs(x) < static_cast<T>(threshold[r]));
-        }
-        add_rows(values, index, n, hidden, bf16, D, dweight + (v + i) * D);
-      }
-    }
-  });
+    });
+  }
 }
 
 #define FDFAST_INSTANTIATE(T)                                                                                          \
   template void head_stats<T>(T*, T*, int64_t, int64_t, const int64_t*, const HeadMath&, int, RowNorm*, RowNorm*,      \
                               double*, double*, double*, double*, int64_t*);                                           \
-  template void head_divergence<T>(const T*, const T*, int64_t, int64_t, const HeadMath&, int, const RowNorm*,          \
+  template void head_divergence<T>(const T*, const T*, int64_t, int64_t, const HeadMath&, int, const RowNorm*,         \
                                    const RowNorm*, double*, double*);                                                  \
   template void row_norms<T>(const T*, int64_t, int64_t, int, RowNorm*);                                               \
   template void head_grads<T>(T*, T*, int64_t, int64_t, int64_t, bool, bool, const HeadMath&, int, const RowNorm*,     \
                               const RowNorm*, const double*, const double*, const double*, const double*,              \
                               const int64_t*, const double*, const int64_t*, const double*, int64_t);                  \
   template void narrow_rows<T>(T*, int64_t, int64_t, int);                                                             \
-  template void row_thresholds<T>(const T*, int64_t, int64_t, double, int, double*, double*, int64_t*);                       \
-  template void sparse_dhidden<T>(const T*, int64_t, int64_t, const double*, const void*, bool, int64_t, int, T*,      \
-                                  double*);                                                                            \
-  template void sparse_dweight<T>(const T*, int64_t, int64_t, const double*, const void*, bool, int64_t, int, T*);
+  template void row_thresholds<T>(const T*, int64_t, int64_t, double, int, double*, double*, int64_t*);                \
+  template void sparse_grads<T>(const T*, int64_t, int64_t, const double*, Rows, Rows, int64_t, int, T*, T*, double*);
 FDFAST_INSTANTIATE(float)
 FDFAST_INSTANTIATE(double)
 

@@ -69,14 +69,17 @@ template <typename T>
 void row_thresholds(const T* x, int64_t R, int64_t V, double share, int threads, double* threshold, double* total,
                     int64_t* needed);
 
-// The products of dlogits (R, V) with the |dlogits| below each row's threshold left out: dhidden (R, D; may be null) +=
-// dlogits weight (V, D), and dweight (V, D) += dlogits^T hidden (R, D). weight and hidden are T or, for float, bfloat16
-// if `bf16`. kept (R) += the |dlogits| that are not left out. A sum runs in one order, whatever the threads.
+// Contiguous rows of T or, for float, of bfloat16.
+struct Rows {
+  const void* at;
+  bool bf16;
+};
+
+// The products of dlogits (R, V) with the |dlogits| below each row's threshold left out: dhidden (R, D) += dlogits
+// weight (V, D), and dweight (V, D) += dlogits^T hidden (R, D); each of the two may be null. kept (R) += the |dlogits|
+// that are not left out. A sum runs in one order, whatever the threads.
 template <typename T>
-void sparse_dhidden(const T* dlogits, int64_t R, int64_t V, const double* threshold, const void* weight, bool bf16,
-                    int64_t D, int threads, T* dhidden, double* kept);
-template <typename T>
-void sparse_dweight(const T* dlogits, int64_t R, int64_t V, const double* threshold, const void* hidden, bool bf16,
-                    int64_t D, int threads, T* dweight);
+void sparse_grads(const T* dlogits, int64_t R, int64_t V, const double* threshold, Rows weight, Rows hidden, int64_t D,
+                  int threads, T* dhidden, T* dweight, double* kept);
 
 }  // namespace fdfast

@@ -15,7 +15,8 @@ struct RowCoefs {
 // `norm`, `divergence` and `gradient` take z. `weighted` receives sum p (z - max), `argmax` the first place of the max;
 // both may be null. `narrow` rounds a row
 // to bfloat16 in place, into the first half of its bytes; null for double. `mass` is the sum of the |x| below `edge`,
-// `count` their number.
+// `count` their number; `pick` writes the others in order, with their places, and a vector of nothing more, and returns
+// how many they are.
 // `add_rows` adds values[i] * rows[index[i]], i < n, to sum (D); `add_rows_bf16` takes bfloat16 rows; null for double.
 template <typename T>
 struct RowLoops {
@@ -27,6 +28,7 @@ struct RowLoops {
   void (*narrow)(T* row, int64_t V);
   double (*mass)(const T* x, int64_t V, T edge);
   int64_t (*count)(const T* x, int64_t V, T edge);
+  int64_t (*pick)(const T* x, int64_t V, T edge, T* values, int32_t* places);
   void (*add_rows)(const T* values, const int32_t* index, int64_t n, const T* rows, int64_t D, T* sum);
   void (*add_rows_bf16)(const T* values, const int32_t* index, int64_t n, const uint16_t* rows, int64_t D, T* sum);
 };

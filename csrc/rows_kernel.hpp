@@ -5,6 +5,9 @@
 // Legend: V vocabulary (or a block of it); z = softcap(raw) / temperature the tempered logits; s, t log-probabilities of
 // student and teacher, p and p_t their exponentials, d = t - s.
 #include <cstdint>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include "rows.hpp"
 
@@ -253,8 +256,8 @@ void temper_row(T* row, int64_t V, T softcap, T inv_temperature) {
   });
 }
 
-// log-sum-exp of a row; *weighted receives sum p (z - max), for the entropy, and *argmax the first place of the max, the
-// last place of all where there is none.
+// log-sum-exp of a row; *weighted receives sum p (z - max), for the entropy, and *argmax the first place of the max, or
+// the last place of all where there is none.
 template <typename T>
 RowNorm norm_row(const T* z, int64_t V, double* weighted, int64_t* argmax) {
   T top = -kInf<T>;
@@ -301,8 +304,8 @@ FDFAST_INLINE void divergence_row(const T* s, const T* t, int64_t V, RowNorm n, 
     for_vectors<T>(begin, strip_end(begin, V), [&](int64_t v, auto extent) __attribute__((always_inline)) {
       const Vec<T> a = load(s + v, extent) - top, b = load(t + v, extent) - t_top;
       Vec<T> term, center_term;
-      divergence_terms<kind>(exp_of_negative(a - log_sum), exp_of_negative(b - t_log_sum), (b - a) - shift, T(alpha), T(1.0 - alpha), term,
-                             center_term);
+      const Vec<T> p = exp_of_negative(a - log_sum), p_t = exp_of_negative(b - t_log_sum);
+      divergence_terms<kind>(p, p_t, (b - a) - shift, T(alpha), T(1.0 - alpha), term, center_term);
       terms += term;
       centers += center_term;
     });
@@ -442,6 +445,31 @@ FDFAST_INLINE Vec<T> load_row(const T* at, Part part) {
   return load(at, part);
 }
 
+// The x whose size is not below its edge, a NaN's never is, in order: values and places; how many. Both outputs have
+// room for V and a vector more.
+template <typename T>
+int64_t pick(const T* x, int64_t V, T edge, T* values, int32_t* places) {
+  int64_t n = 0, v = 0;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    const __m512i step = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (; v + kLanes<T> <= V; v += kLanes<T>) {
+      const __m512 lanes = (__m512)load(x + v, Whole{});
+      const __mmask16 picked = _mm512_cmp_ps_mask(_mm512_abs_ps(lanes), _mm512_set1_ps(edge), _CMP_NLT_UQ);
+      _mm512_storeu_ps(values + n, _mm512_maskz_compress_ps(picked, lanes));
+      const __m512i place = _mm512_add_epi32(step, _mm512_set1_epi32(static_cast<int>(v)));
+      _mm512_storeu_si512(places + n, _mm512_maskz_compress_epi32(picked, place));
+      n += __builtin_popcount(picked);
+    }
+  }
+#endif
+  for (; v < V; ++v) {
+    values[n] = x[v];
+    places[n] = static_cast<int32_t>(v);
+    n += !((x[v] < T(0) ? -x[v] : x[v]) < edge);
+  }
+  return n;
+}
 constexpr int64_t kStrands = 6;  // sums that stay in registers, of AVX2 too, while the rows go by
 
 template <typename T, typename Row>
@@ -470,11 +498,12 @@ void add_rows(const T* values, const int32_t* index, int64_t n, const Row* rows,
 
 RowLoops<float> float_loops() {
   return {temper_row<float>, norm_row<float>, divergence_of_row<float>, gradient_of_row<float>,
-          narrow_row, mass_below<float>, count_below<float>, add_rows<float, float>, add_rows<float, uint16_t>};
+          narrow_row, mass_below<float>, count_below<float>, pick<float>,
+          add_rows<float, float>, add_rows<float, uint16_t>};
 }
 RowLoops<double> double_loops() {
   return {temper_row<double>, norm_row<double>, divergence_of_row<double>, gradient_of_row<double>,
-          nullptr, mass_below<double>, count_below<double>, add_rows<double, double>, nullptr};
+          nullptr, mass_below<double>, count_below<double>, pick<double>, add_rows<double, double>, nullptr};
 }
 
 }  // namespace fdfast::FDFAST_ROWS

@@ -128,7 +128,7 @@ def test_the_number_of_threads_changes_nothing_but_the_rounding_of_the_gemm(teac
 def test_the_rows_of_csrc_are_the_same_bits_with_any_number_of_threads(
     divergence: Divergence,
 ) -> None:
-    R, V = 7, 131
+    R, V = 7, 331  # two blocks of columns
     math = _cpu.HeadMath(
         divergence=divergence.code, alpha=0.5, temperature=0.8, teacher_temperature=1.2, softcap=9.0
     )
@@ -149,11 +149,8 @@ def test_the_rows_of_csrc_are_the_same_bits_with_any_number_of_threads(
         given = (0.05, threads, rows_R[4], rows_R[5], needed_R)
         call("row_thresholds", F32, raw_RV[0], R, V, *given)
         sums_RD, sums_VD = torch.zeros(R, 5), torch.zeros(V, 5)
-        given = (rows_R[4], weight_VD, False, 5, threads, sums_RD, rows_R[6])
-        call("sparse_dhidden", F32, raw_RV[0], R, V, *given)
-        call(
-            "sparse_dweight", F32, raw_RV[0], R, V, rows_R[4], hidden_RD, False, 5, threads, sums_VD
-        )
+        given = (rows_R[4], weight_VD, False, hidden_RD, False, 5, threads)
+        call("sparse_grads", F32, raw_RV[0], R, V, *given, sums_RD, sums_VD, rows_R[6])
         return [logits_RV, pairs_R2, rows_R, argmax_R, raw_RV, needed_R, sums_RD, sums_VD]
 
     one = statistics_and_gradients(1)

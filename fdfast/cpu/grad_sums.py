@@ -90,22 +90,30 @@ class GradSums:
         (R,) float64. dlogits are in the dtype of the sums.
         """
         kept_R = torch.zeros_like(threshold_R)
-        shape, threads = dlogits_RB.shape, torch.get_num_threads()
-        if sum_BD is not None:
-            if rows.start == 0:
-                sum_BD.zero_()
-            given = (threshold_R, hidden_RD.contiguous(), hidden_RD.dtype == torch.bfloat16)
-            width = hidden_RD.shape[1]
-            call("sparse_dweight", self.dtype, dlogits_RB, *shape, *given, width, threads, sum_BD)
+        if sum_BD is not None and rows.start == 0:
+            sum_BD.zero_()
         sum_RD = None
         if self.hidden_MD is not None:
-            sum_RD = torch.zeros_like(hidden_RD, dtype=self.dtype)
-            if self.rows_N is None:
-                sum_RD = self.hidden_MD[rows]
-        given = (threshold_R, weight_BD.contiguous(), weight_BD.dtype == torch.bfloat16)
-        width = weight_BD.shape[1]
-        sums = (sum_RD, kept_R)
-        call("sparse_dhidden", self.dtype, dlogits_RB, *shape, *given, width, threads, *sums)
+            whole = self.rows_N is None
+            sum_RD = (
+                self.hidden_MD[rows] if whole else torch.zeros_like(hidden_RD, dtype=self.dtype)
+            )
+        call(
+            "sparse_grads",
+            self.dtype,
+            dlogits_RB,
+            *dlogits_RB.shape,
+            threshold_R,
+            weight_BD.contiguous(),
+            weight_BD.dtype == torch.bfloat16,
+            hidden_RD.contiguous(),
+            hidden_RD.dtype == torch.bfloat16,
+            hidden_RD.shape[1],
+            torch.get_num_threads(),
+            sum_RD,
+            sum_BD,
+            kept_R,
+        )
         if self.hidden_MD is not None and self.rows_N is not None and sum_RD is not None:
             self.hidden_MD.index_add_(0, self.rows_N[rows], sum_RD)
         return kept_R
