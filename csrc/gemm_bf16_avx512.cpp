@@ -112,9 +112,33 @@ void pack(const Factor& f, int64_t lane, int64_t lanes, int64_t k, int64_t depth
   }
 }
 
+// 16 numbers of a product, or the first of them.
+inline __m512 read(const Product& c, __mmask16 some) {
+  if (c.at != nullptr) return _mm512_maskz_loadu_ps(some, c.at);
+  const __m512i upper = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, c.upper));
+  const __m512i lower = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, c.lower));
+  return _mm512_castsi512_ps(_mm512_or_si512(_mm512_slli_epi32(upper, 16), lower));
+}
+inline void write(const Product& c, __mmask16 some, __m512 x) {
+  if (c.at != nullptr) {
+    _mm512_mask_storeu_ps(c.at, some, x);
+    return;
+  }
+  const __m512i bits = _mm512_castps_si512(x);
+  _mm256_mask_storeu_epi16(c.upper, some, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+  _mm256_mask_storeu_epi16(c.lower, some, _mm512_cvtepi32_epi16(bits));
+}
+inline void fetch(const Product& c) {
+  if (c.at != nullptr) {
+    _mm_prefetch(c.at, _MM_HINT_T0);
+  } else {
+    _mm_prefetch(c.upper, _MM_HINT_T0);
+    _mm_prefetch(c.lower, _MM_HINT_T0);
+  }
+}
+
 // One tile of the product, or its first `rows` and `columns`.
-void tile(const uint32_t* a, const uint32_t* b, int64_t pairs, float* c, int64_t ldc, int64_t rows, int64_t columns,
-          bool add) {
+void tile(const uint32_t* a, const uint32_t* b, int64_t pairs, Product c, int64_t rows, int64_t columns, bool add) {
   __m512 sum[kTileRows][kTileVectors];
 #pragma GCC unroll 8
   for (int64_t i = 0; i < kTileRows; ++i) {
@@ -122,7 +146,7 @@ void tile(const uint32_t* a, const uint32_t* b, int64_t pairs, float* c, int64_t
     for (int64_t j = 0; j < kTileVectors; ++j) sum[i][j] = _mm512_setzero_ps();
   }
   for (int64_t i = 0; i < kTileRows && i < rows; ++i) {  // the product below hides how far away it lies
-    for (int64_t j = 0; j < kTileVectors; ++j) _mm_prefetch(c + i * ldc + j * kLanes, _MM_HINT_T0);
+    for (int64_t j = 0; j < kTileVectors; ++j) fetch(c.from(i, j * kLanes));
   }
   for (int64_t p = 0; p < pairs; ++p, a += kTileRows, b += kTileColumns) {
     __m512bh right[kTileVectors];
@@ -141,9 +165,8 @@ void tile(const uint32_t* a, const uint32_t* b, int64_t pairs, float* c, int64_t
 #pragma GCC unroll 3
     for (int64_t j = 0; j < kTileVectors; ++j) {
       const __mmask16 some = static_cast<__mmask16>(first_lanes(columns - j * kLanes));
-      float* at = c + i * ldc + j * kLanes;
-      const __m512 before = add ? _mm512_maskz_loadu_ps(some, at) : _mm512_setzero_ps();
-      _mm512_mask_storeu_ps(at, some, before + sum[i][j]);
+      const Product at = c.from(i, j * kLanes);
+      write(at, some, (add ? read(at, some) : _mm512_setzero_ps()) + sum[i][j]);
     }
   }
 }
@@ -154,7 +177,7 @@ int64_t scratch_bytes() {
   return 2 * kDepth * (kRows + kLanes + kColumns + kTileColumns) + 64;
 }
 
-void gemm(Factor a, Factor b, int64_t M, int64_t N, int64_t K, float* c, int64_t ldc, bool add, void* scratch) {
+void gemm(Factor a, Factor b, int64_t M, int64_t N, int64_t K, Product c, bool add, void* scratch) {
   auto* const a_panels = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(scratch) + 63) / 64 * 64);
   auto* const b_panels = a_panels + kDepth / 2 * (kRows + kLanes);
   const int64_t even_depth = whole((K + (K - 1) / kDepth) / ((K - 1) / kDepth + 1), 2 * kLanes);  // no thin last block
@@ -168,8 +191,8 @@ void gemm(Factor a, Factor b, int64_t M, int64_t N, int64_t K, float* c, int64_t
         pack<kTileRows>(a, m, rows, k, depth, a_panels);
         for (int64_t j = 0; j < columns; j += kTileColumns) {
           for (int64_t i = 0; i < rows; i += kTileRows) {
-            tile(a_panels + i * pairs, b_panels + j * pairs, pairs, c + (m + i) * ldc + n + j, ldc, rows - i,
-                 columns - j, add || k > 0);
+            tile(a_panels + i * pairs, b_panels + j * pairs, pairs, c.from(m + i, n + j), rows - i, columns - j,
+                 add || k > 0);
           }
         }
       }

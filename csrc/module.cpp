@@ -95,9 +95,15 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "gemm_bf16",
       [](uintptr_t a, int64_t a_lane, int64_t a_depth, uintptr_t b, int64_t b_lane, int64_t b_depth, int64_t M,
-         int64_t N, int64_t K, uintptr_t c, int64_t ldc, bool add, int threads) {
+         int64_t N, int64_t K, uintptr_t c, uintptr_t upper, uintptr_t lower, int64_t stride, bool add, int threads) {
         gemm_bf16({at<const uint16_t>(a), a_lane, a_depth}, {at<const uint16_t>(b), b_lane, b_depth}, M, N, K,
-                  at<float>(c), ldc, add, threads);
+                  {at<float>(c), at<uint16_t>(upper), at<uint16_t>(lower), stride}, add, threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "round_halves",
+      [](uintptr_t upper, uintptr_t lower, int64_t count, int threads) {
+        round_halves(at<uint16_t>(upper), at<const uint16_t>(lower), count, threads);
       },
       py::call_guard<py::gil_scoped_release>());
   bind<float>(m, "float32");

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fdfast.policy_head_group import VocabularySlice
 
-# On the CPU the float32 sum of a bfloat16 weight's gradient of 49,152 x 576 takes 108 of them, and
-# leaves logits of 130 tokens; for float32, 400 tokens: there a GEMM is near its best.
+# On the CPU and a vocabulary of 49,152, logits of 400 tokens, student's and teacher's, or of 260
+# beside the sum of a bfloat16 weight's gradient: there a GEMM is near its best.
 DEFAULT_WORKSPACE_MB = 160.0
 
 

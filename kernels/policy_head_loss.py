@@ -55,13 +55,17 @@ NUMBERS_BYTES = 512
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def can_chunk(student: Head, needs: tuple[bool, bool, bool], options: HeadOptions) -> bool:
+def can_chunk(
+    student: Head,
+    teacher: Head | TeacherTopK | None,
+    needs: tuple[bool, bool, bool],
+    options: HeadOptions,
+) -> bool:
     """Whether the workspace holds chunks that are worth it: all tokens, or MIN_CHUNK_TOKENS.
 
-    It takes a teacher's hidden states for granted, as the question comes without the teacher. A
-    trained weight narrower than float32 is summed in a float32 [V, D], which counts. A filter
-    gathers columns of blocks, and a weight of another dtype than the hidden states' would be
-    copied: both go the recompute way.
+    What is kept takes 4 bytes a logit, whatever the teacher. A trained weight narrower than float32
+    is summed in a float32 [V, D], which counts. A filter gathers columns of blocks, and a weight of
+    another dtype than the hidden states' would be copied: both go the recompute way.
     """
     hidden_MD, weight_VD, _ = student
     if options.grad_filter is not None or hidden_MD.dtype != weight_VD.dtype:

@@ -290,7 +290,7 @@ def test_the_workspace_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fits(needs: tuple[bool, bool, bool], workspace_mb: float, **options: Any) -> bool:
         wanted = HeadOptions(workspace_bytes=int(workspace_mb * 2**20), **options)
-        return policy_head.can_chunk(head, needs, wanted)
+        return policy_head.can_chunk(head, None, needs, wanted)
 
     monkeypatch.setattr(chunks, "MIN_CHUNK_TOKENS", 512)
     assert fits(frozen, 64.0)
@@ -301,7 +301,7 @@ def test_the_workspace_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = min(mb for mb in range(1, 65) if fits(trained, mb))
     assert wide - narrow == pytest.approx(4 * 5000 * 64 / 2**20, abs=1.0)  # the float32 sum
     mixed = head._replace(hidden_ND=head.hidden_ND.float())
-    assert not policy_head.can_chunk(mixed, frozen, HeadOptions())
+    assert not policy_head.can_chunk(mixed, None, frozen, HeadOptions())
 
 
 @pytest.mark.parametrize("teacher", ["none", "hidden"])

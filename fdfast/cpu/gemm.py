@@ -75,33 +75,70 @@ def _is_bfloat16(head: Head) -> bool:
     return hidden_ND.dtype == weight_VD.dtype == torch.bfloat16 and 1 in weight_VD.stride()
 
 
-def write_product(out_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
+@dataclass(frozen=True)
+class SplitSum:
+    """A float32 sum in two halves: the upper 16 bits lie in the bfloat16 tensor that it becomes at
+    last, and only the lower ones take memory of their own.
+
+    Attributes:
+        upper_MN: bfloat16, contiguous rows.
+        lower_MN: int16, likewise.
+    """
+
+    upper_MN: Tensor
+    lower_MN: Tensor
+
+    def __getitem__(self, rows: slice) -> "SplitSum":
+        """Some of its rows."""
+        return SplitSum(self.upper_MN[rows], self.lower_MN[rows])
+
+    def round_(self) -> None:
+        """Make the upper halves the nearest bfloat16; the sum ends here."""
+        upper_MN, lower_MN = self.upper_MN, self.lower_MN
+        assert upper_MN.is_contiguous()
+        assert lower_MN.is_contiguous()
+        addresses = (upper_MN.data_ptr(), lower_MN.data_ptr())
+        _cpu.round_halves(*addresses, upper_MN.numel(), torch.get_num_threads())
+
+
+def write_product(out_MN: Tensor | SplitSum, left_MK: Tensor, right_KN: Tensor) -> None:
     """out = left @ right, in out's dtype; bfloat16 factors only where `Gemms` chose them."""
-    if left_MK.dtype == torch.bfloat16:
+    if isinstance(out_MN, SplitSum) or left_MK.dtype == torch.bfloat16:
         _bfloat16_product(out_MN, left_MK, right_KN, add=False)
     else:
         torch.mm(left_MK, right_KN, out=out_MN)
 
 
-def add_product(out_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
+def add_product(out_MN: Tensor | SplitSum, left_MK: Tensor, right_KN: Tensor) -> None:
     """out += left @ right, likewise."""
-    if left_MK.dtype == torch.bfloat16:
+    if isinstance(out_MN, SplitSum) or left_MK.dtype == torch.bfloat16:
         _bfloat16_product(out_MN, left_MK, right_KN, add=True)
     else:
         out_MN.addmm_(left_MK, right_KN)
 
 
-def _bfloat16_product(out_MN: Tensor, left_MK: Tensor, right_KN: Tensor, *, add: bool) -> None:
-    assert out_MN.dtype == torch.float32, "csrc sums in float32"
-    assert out_MN.stride(1) == 1 or out_MN.shape[1] == 1, "csrc wants contiguous rows"
+def _bfloat16_product(
+    out_MN: Tensor | SplitSum, left_MK: Tensor, right_KN: Tensor, *, add: bool
+) -> None:
     assert left_MK.dtype == right_KN.dtype == torch.bfloat16, "csrc multiplies bfloat16"
     left_MK, right_NK = _packable(left_MK), _packable(right_KN.T)
     (M, K), N = left_MK.shape, len(right_NK)
     factors: list[int] = []
     for factor in (left_MK, right_NK):
         factors += [factor.data_ptr(), *_strides(factor)]
-    out = (out_MN.data_ptr(), out_MN.stride(0))
-    _cpu.gemm_bf16(*factors, M, N, K, *out, add, torch.get_num_threads())
+    _cpu.gemm_bf16(*factors, M, N, K, *_places(out_MN), add, torch.get_num_threads())
+
+
+def _places(out_MN: Tensor | SplitSum) -> tuple[int, int, int, int]:
+    """Where csrc writes: float32, or upper and lower halves; and how far rows are apart."""
+    halves = out_MN if isinstance(out_MN, SplitSum) else None
+    written = out_MN.upper_MN if isinstance(out_MN, SplitSum) else out_MN
+    assert written.stride(1) == 1 or written.shape[1] == 1, "csrc wants contiguous rows"
+    if halves is not None:
+        assert halves.lower_MN.stride() == written.stride(), "csrc knows one stride"
+        return 0, written.data_ptr(), halves.lower_MN.data_ptr(), written.stride(0)
+    assert written.dtype == torch.float32, "csrc sums in float32"
+    return written.data_ptr(), 0, 0, written.stride(0)
 
 
 def _packable(factor: Tensor) -> Tensor:

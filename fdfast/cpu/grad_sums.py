@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fdfast.cpu.blocks import call
-from fdfast.cpu.gemm import add_product, write_product
+from fdfast.cpu.gemm import SplitSum, add_product, write_product
 from fdfast.reference import statistics_dtype
 from fdfast.types import Head
 
@@ -36,22 +36,26 @@ class GradSums:
         if needs[2] and bias_V is not None:
             self.bias_V = torch.zeros_like(bias_V, dtype=self.dtype)
 
-    def weight_block(self, block: slice) -> Tensor | None:
-        """Memory for the sum of a vocabulary block, (B, D); the gradient itself where its dtype
-        allows.
+    def weight_block(self, block: slice, *, split: bool = False) -> Tensor | SplitSum | None:
+        """Memory for the sum of a vocabulary block, (B, D): the gradient itself where its dtype
+        allows, else a float32 tensor, or if `split` a SplitSum.
         """
         if self.weight_VD is None:
             return None
         gradient_BD = self.weight_VD[block]
         if gradient_BD.dtype == self.dtype:
             return gradient_BD
+        if split:
+            return SplitSum(gradient_BD, torch.empty_like(gradient_BD, dtype=torch.int16))
         return torch.empty(gradient_BD.shape, dtype=self.dtype)
 
-    def finish(self, block: slice, sum_BD: Tensor | None) -> None:
+    def finish(self, block: slice, sum_BD: Tensor | SplitSum | None) -> None:
         """Round a finished block to the weight's dtype."""
         if self.weight_VD is None or sum_BD is None or not self.written:
             return
-        if sum_BD.dtype != self.weight_VD.dtype:
+        if isinstance(sum_BD, SplitSum):
+            sum_BD.round_()
+        elif sum_BD.dtype != self.weight_VD.dtype:
             self.weight_VD[block] = sum_BD
 
     def add(
@@ -59,7 +63,7 @@ class GradSums:
         dlogits_RB: Tensor,
         hidden_RD: Tensor,
         weight_BD: Tensor,
-        sum_BD: Tensor | None,
+        sum_BD: Tensor | SplitSum | None,
         rows: slice,
     ) -> None:
         """dweight += dlogits.T @ hidden and dhidden += dlogits @ weight. The chunk of the first
@@ -83,13 +87,14 @@ class GradSums:
         threshold_R: Tensor,
         hidden_RD: Tensor,
         weight_BD: Tensor,
-        sum_BD: Tensor | None,
+        sum_BD: Tensor | SplitSum | None,
         rows: slice,
     ) -> Tensor:
         """`add` without the |dlogits| below the threshold of their row; the sum of the others,
         (R,) float64. dlogits are in the dtype of the sums.
         """
         kept_R = torch.zeros_like(threshold_R)
+        assert not isinstance(sum_BD, SplitSum), "csrc's sparse sums are float32"
         if sum_BD is not None and rows.start == 0:
             sum_BD.zero_()
         sum_RD = None

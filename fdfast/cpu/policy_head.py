@@ -171,11 +171,17 @@ def _thresholds(terms: GradTerms, blocks: RowBlocks, share: float) -> Filter:
     return gate
 
 
-def can_chunk(student: Head, needs: tuple[bool, bool, bool], options: HeadOptions) -> bool:
+def can_chunk(
+    student: Head,
+    teacher: Head | TeacherTopK | None,
+    needs: tuple[bool, bool, bool],
+    options: HeadOptions,
+) -> bool:
     """Whether the token-chunk way stays in its workspace.
 
-    A weight narrower than the sums wants a copy of itself in their dtype, beside which there must
-    be room for MIN_CHUNK_TOKENS. A filter reads rows of the whole weight as they are.
+    A weight narrower than the sums wants a copy of itself in their dtype (half of it in a
+    SplitSum), beside which there must be room for MIN_CHUNK_TOKENS. A filter reads rows of the
+    whole weight as they are.
     """
     weight_VD = student.weight_VD
     dtype = statistics_dtype(student.hidden_ND, weight_VD)
@@ -183,18 +189,25 @@ def can_chunk(student: Head, needs: tuple[bool, bool, bool], options: HeadOption
         readable = weight_VD.dtype in (dtype, torch.bfloat16) and weight_VD.is_contiguous()
         if not readable or (dtype == torch.float64 and weight_VD.dtype != dtype):
             return False
-    copy = _weight_sum_bytes(student, needs)
+    copy = _weight_sum_bytes(
+        student, needs, split=_splits(_gemms(student, teacher, options), options)
+    )
     row_bytes = 2 * dtype.itemsize * sum(weight_VD.shape)  # of student and teacher
     tokens = min(MIN_CHUNK_TOKENS, len(student.hidden_ND))
     return not copy or copy + tokens * row_bytes <= options.workspace_bytes // 8 * 7
 
 
-def _weight_sum_bytes(student: Head, needs: tuple[bool, bool, bool]) -> int:
+def _splits(gemms: Gemms, options: HeadOptions) -> bool:
+    """Whether the weight's gradient is summed in a SplitSum, which csrc's GEMM alone adds to."""
+    return gemms.operands == torch.bfloat16 and options.grad_filter is None
+
+
+def _weight_sum_bytes(student: Head, needs: tuple[bool, bool, bool], *, split: bool) -> int:
     """Bytes of the sum of the weight's gradient where the gradient itself is too narrow for it."""
     dtype = statistics_dtype(student.hidden_ND, student.weight_VD)
     if not needs[1] or student.weight_VD.dtype == dtype:
         return 0
-    return student.weight_VD.numel() * dtype.itemsize
+    return student.weight_VD.numel() * (dtype.itemsize // 2 if split else dtype.itemsize)
 
 
 def policy_head_loss_fwd(
@@ -220,14 +233,15 @@ def policy_head_loss_fwd(
         needs: which of hidden, weight and bias want a gradient.
     """
     gemms = _gemms(student, teacher, options)
-    reserved = _weight_sum_bytes(student, needs)
+    split = _splits(gemms, options)
+    reserved = _weight_sum_bytes(student, needs, split=split)
     blocks = _row_blocks(student, teacher, options, rows_N, gemms, reserved_bytes=reserved)
     stats = HeadStats.empty(len(targets_N), teacher)
     sums = GradSums(student, needs, rows_N)
     gate = Filter.empty(len(targets_N))
     total = torch.zeros((), dtype=blocks.dtype)
     everything = slice(0, len(student.weight_VD))
-    weight_sum_VD = sums.weight_block(everything)
+    weight_sum_VD = sums.weight_block(everything, split=split)
     with fast_gemms(gemms.onednn):
         for rows in blocks.chunks():
             student_RV, teacher_RV = blocks.project(rows)
