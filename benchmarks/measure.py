@@ -6,6 +6,7 @@
 import ctypes
 import functools
 import gc
+import os
 import subprocess
 import sys
 import time
@@ -21,6 +22,9 @@ from benchmarks.contenders import Contender, Loss, gradients
 from benchmarks.data import Inputs, first_tokens, mean_divergence, widened
 
 MIB = 2**20
+# A freed block of more than this is gone at once; else glibc learns from large ones to keep what is
+# freed, and a peak depends on the order in which blocks of that size came and went.
+FREED_AT_ONCE_BYTES = 128 << 10
 OUT_OF_MEMORY = 3  # exit status of the fresh process
 
 
@@ -101,8 +105,10 @@ def peak_mib_alone(case: Case, contender: Contender, *, quick: bool) -> float:
     """Peak MiB of one pass beyond inputs and gradients, in a fresh process."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.measure", case.device]
     command += [str(int(quick)), case.name, contender.name]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(FREED_AT_ONCE_BYTES)}
+    root = Path(__file__).parent.parent
     done = subprocess.run(
-        command, check=False, capture_output=True, text=True, cwd=Path(__file__).parent.parent
+        command, check=False, capture_output=True, text=True, cwd=root, env=environment
     )
     if done.returncode == OUT_OF_MEMORY:
         raise torch.OutOfMemoryError(f"{case.name}, {contender.name}")
