@@ -97,6 +97,22 @@ def search(
         "seconds": timeout_s,
         "ripgrep": (shutil.which("rg") or "") if ripgrep is None else ripgrep,
     }
+    stdout, fault = _run(json.dumps(job).encode(), timeout_s)
+    # Whole lines only: a process that is killed may leave half of one.
+    records = [json.loads(line) for line in stdout.split(b"\n")[:-1]]
+    found = tuple(record["line"] for record in records if "line" in record)
+    last = records[-1] if records else {}
+    if "error" in last:
+        return Found(found, "all", last["error"])
+    if "end" in last:
+        return Found(found, last["end"])
+    if fault:
+        raise MachineError(f"search: its process {fault}; free memory")
+    return Found(found, "timeout")
+
+
+def _run(job: bytes, timeout_s: float) -> tuple[bytes, str]:
+    """What the process wrote until its end or the time's, and how it ended if by itself."""
     command = [sys.executable, "-I", "-S", "-W", "ignore", str(_SCRIPT)]
     try:
         process = subprocess.Popen(
@@ -110,31 +126,17 @@ def search(
         raise MachineError(
             f"search: cannot start a process ({error}); free memory or raise `ulimit -u`"
         ) from error
-    timed_out = False
     with process:
         try:
-            stdout, stderr = process.communicate(json.dumps(job).encode(), timeout=timeout_s)
+            stdout, stderr = process.communicate(job, timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            timed_out = True
             _kill(process)
-            stdout, stderr = process.communicate()
+            return process.communicate()[0], ""
         except BaseException:  # KeyboardInterrupt too: nobody else would end the process
             _kill(process)
             raise
-    records = [json.loads(line) for line in stdout.split(b"\n") if line.endswith(b"}")]
-    found = tuple(record["line"] for record in records if "line" in record)
-    last = records[-1] if records else {}
-    if "error" in last:
-        return Found(found, "all", last["error"])
-    if "end" in last:
-        return Found(found, last["end"])
-    if timed_out:
-        return Found(found, "timeout")
     said = stderr.decode(errors="replace").strip().rpartition("\n")[2]
-    raise MachineError(
-        f"search: its process ended with status {process.returncode} ({said or 'no word'});"
-        " free memory"
-    )
+    return stdout, f"ended with status {process.returncode} ({said or 'no word'})"
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
