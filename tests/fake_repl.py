@@ -18,8 +18,12 @@ def fake_repl() -> Path:
     return compiled(SOURCE)
 
 
-def compiled(source: Path) -> Path:
+def compiled(source: Path, *more_flags: str) -> Path:
     """The program of one C++ file, in the user's cache; compiled when the file is new there.
+
+    Args:
+        source: the file.
+        more_flags: put behind it on the compiler's command line.
 
     Raises:
         MachineError: there is no compiler, or it refuses the file.
@@ -27,11 +31,11 @@ def compiled(source: Path) -> Path:
     compiler = shutil.which("c++")
     if compiler is None:
         raise MachineError(f"{source.name}: no C++ compiler; install one (apt install g++)")
-    identity = " ".join((compiler, *FLAGS)).encode() + source.read_bytes()
+    identity = " ".join((compiler, *FLAGS, *more_flags)).encode() + source.read_bytes()
     name = f"{source.stem}-{hashlib.sha256(identity).hexdigest()[:20]}"
 
     def build(folder: Path) -> None:
-        command = [compiler, *FLAGS, "-o", str(folder / source.stem), str(source)]
+        command = [compiler, *FLAGS, "-o", str(folder / source.stem), str(source), *more_flags]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
             raise MachineError(f"{source.name} does not compile: {done.stderr[-2000:]}")
