@@ -10,7 +10,8 @@
 //   deep=N          lists nested N deep                    no_utf8       a message with bytes that are no UTF-8
 //   sleep=MS        wait before anything else              stderr=N      first write N bytes to stderr
 //   balloon=MIB     take memory and keep it                child_balloon=MIB   a child takes it
-//   grandchild=S    leave a process behind that holds our pipes open for S seconds, in our group
+//   grandchild=S    leave a process behind that holds our pipes open for S seconds, in our group; its number is the
+//                   answer's "child", and on stderr
 //   escapee=S       the same in a session of its own       ignore_sigterm
 //   die_before      SIGKILL to itself before the answer    die_during    in the middle of it    die_after   after it
 //   exit=STATUS     end without an answer                  hang          never answer
@@ -133,9 +134,12 @@ static string open_files() {
     return "[" + list + "]";
 }
 
+static pid_t last_child = 0;  // that was left behind
+
 static string answer_to(const Wishes& wishes, long env) {
     string out = "{";
     if (wishes.has("id")) out += "\"id\": " + wishes.value("id") + ",\n ";
+    if (last_child) out += "\"child\": " + std::to_string(last_child) + ",\n ";
     if (wishes.has("fds")) out += "\"fds\": " + open_files() + ",\n ";
     if (long depth = wishes.number("deep")) {
         out += "\"infotree\": " + string(size_t(depth), '[') + string(size_t(depth), ']') + ",\n ";
@@ -178,7 +182,8 @@ static void leave_child(long seconds, long mib, Session session) {
         sleep(unsigned(seconds));
         _exit(0);
     }
-    write_all(2, "child " + std::to_string(child) + "\n");
+    last_child = child;
+    write_all(2, "child " + std::to_string(child) + "\n");  // for those that get no answer
 }
 
 // What is done before the answer.
