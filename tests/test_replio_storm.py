@@ -22,7 +22,7 @@ STORM: dict[str, tuple[str, str, float | None]] = {
     "no UTF-8": ("no_utf8", "no json", None),
     "deep": ("deep=100000", "no json", None),
     "never": ("hang", "timeout", 0.1),
-    "twice": ("twice", "forged", None),
+    "twice": ("twice=1", "forged", None),
     "forged": ("forge=1", "forged", None),
     "balloon": ("balloon=48 hang", "memory", None),
     "full disk": ("", "full disk", None),

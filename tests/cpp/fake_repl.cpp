@@ -16,9 +16,10 @@
 //   die_before      SIGKILL to itself before the answer    die_during    in the middle of it    die_after   after it
 //   exit=STATUS     end without an answer                  hang          never answer
 //   half            half an answer, then hang              close         close stdout, then hang
-//   cut             half an answer as a frame              twice         the answer, and once more
-//   forge=MS        a false {"env": 0} frame, MS later the true answer, an error      garbage   a stray line before
-//   blank           a blank line before the answer         split         one byte a write       fds   our open files
+//   cut             half an answer as a frame              twice=MS      the answer, and MS later once more
+//   forge=MS        a false {"env": 0} frame, MS later the true answer, an error
+//   garbage         a stray line before the answer         blank         a blank line before it
+//   split           one byte a write                       fds           our open files in the answer
 // {"pickleTo": PATH} writes a file, {"unpickleEnvFrom": PATH} reads one; where that fails it ends with status 1.
 //
 // Arguments: --ready TEXT is printed as a line before the first command, --start-ms N is waited before that, and with
@@ -37,6 +38,7 @@
 #include <cstring>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 using std::string, std::string_view;
@@ -201,13 +203,19 @@ static void prepare(const Wishes& wishes) {
     if (wishes.has("die_before")) die();
     if (wishes.has("close")) close(1);
     if (wishes.has("hang") || wishes.has("close")) hang();
-    if (wishes.has("forge")) {
-        write_all(1, "{\"env\": 0}\n\n");
-        sleep_ms(wishes.number("forge"));
-    }
 }
 
-static void give(const Wishes& wishes, const string& answer) {
+static void give(const Wishes& wishes, string answer) {
+    // In one write where no time is asked for between the frames: a reader finds both or none.
+    for (const auto& [wish, first] : {std::pair{"forge", string("{\"env\": 0}\n\n")}, std::pair{"twice", answer}}) {
+        if (!wishes.has(wish)) continue;
+        if (long ms = wishes.number(wish)) {
+            write_all(1, first);
+            sleep_ms(ms);
+        } else {
+            answer = first + answer;
+        }
+    }
     string_view half = string_view(answer).substr(0, answer.size() / 2);
     if (wishes.has("cut")) {
         write_all(1, string(half) + "\n\n");
@@ -220,7 +228,6 @@ static void give(const Wishes& wishes, const string& answer) {
     } else {
         write_all(1, answer);
     }
-    if (wishes.has("twice")) write_all(1, answer);
     if (wishes.has("die_after")) die();
 }
 
