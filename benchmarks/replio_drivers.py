@@ -81,7 +81,7 @@ class PythonDriver:
 
 
 class Ours(PythonDriver):
-    """fdfast's pool; JSON objects in, parsed answers out."""
+    """fdfast's pool; JSON objects in, parsed answers out, each as it comes."""
 
     def __init__(self, workers: int = 1) -> None:
         from fdfast import _replio  # not there where only the kernels are measured
@@ -91,16 +91,14 @@ class Ours(PythonDriver):
 
     def ask(self, commands: Sequence[Any]) -> Iterator[tuple[Any, float]]:
         frames = [json.dumps({"cmd": text}).encode() for text in commands]
-        for answer in self._answers(frames):
+        for answer in self.answers(frames):
             yield answer.json(), answer.seconds
 
-    def _answers(self, frames: Sequence[bytes]) -> "Iterator[Answer]":
+    def answers(self, frames: Sequence[bytes]) -> "Iterator[Answer]":
+        """The answers in the order in which they come."""
         self.pool.submit(frames, header=HEADER.encode())
         for _ in frames:
-            answer = self.pool.next()
-            if answer is None or answer.end != "answer":
-                raise RuntimeError(f"ours: no answer but {answer and answer.end}")
-            yield answer
+            yield checked(self.pool.next())
 
     def close(self) -> None:
         self.pool.close()
@@ -113,11 +111,27 @@ class OursRaw(Ours):
         return [json.dumps({"cmd": text}).encode() for text in texts]
 
     def ask(self, commands: Sequence[Any]) -> Iterator[tuple[Any, float]]:
-        for answer in self._answers(commands):
+        for answer in self.answers(commands):
             yield answer, answer.seconds
 
     def read(self, answer: Any) -> list[str]:
         return super().read(json.loads(answer.raw))
+
+
+class OursBatch(OursRaw):
+    """The same, where all answers are fetched when the last has come."""
+
+    def answers(self, frames: Sequence[bytes]) -> "Iterator[Answer]":
+        tickets = self.pool.submit(frames, header=HEADER.encode())
+        for ticket in reversed(tickets):
+            yield checked(self.pool.wait(ticket))
+
+
+def checked(answer: "Answer | None") -> "Answer":
+    """The answer of a worker, and nothing else."""
+    if answer is None or answer.end != "answer":
+        raise RuntimeError(f"ours: no answer but {answer and answer.end}")
+    return answer
 
 
 class PlainLoop(PythonDriver):
