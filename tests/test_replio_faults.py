@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -362,22 +363,18 @@ print(*ends)
 """
 
 
-def test_when_no_process_can_be_made_commands_end_as_unavailable_and_later_ones_work(
-    tmp_path: Path,
-) -> None:
-    program = tmp_path / "fake_repl"  # where nobody may read it
-    shutil.copy(fake_repl(), program)
-    for folder in (program, *program.parents):
-        if folder.stat().st_uid == os.getuid() and tmp_path.parts[1] in folder.parts:
-            folder.chmod(0o755)
-    arguments = [str(program), command("die_before").decode(), command(id=1).decode()]
-    done = subprocess.run(
-        [sys.executable, "-c", _NO_FORK, *arguments],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+def test_when_no_process_can_be_made_commands_end_as_unavailable_and_later_ones_work() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # tmp_path is the user's alone
+        Path(folder).chmod(0o755)
+        program = shutil.copy(fake_repl(), folder)
+        arguments = [program, command("die_before").decode(), command(id=1).decode()]
+        done = subprocess.run(
+            [sys.executable, "-c", _NO_FORK, *arguments],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
     assert done.stdout.split() == ["answer", "crashed", "unavailable", "answer"], done.stderr
 
 
