@@ -64,7 +64,8 @@ Parsed parse_json(std::string_view text) {
   }
   yyjson_read_err error{};
   // The parser does not write to its input unless told to.
-  parsed.doc = yyjson_read_opts(const_cast<char*>(text.data()), text.size(), YYJSON_READ_BIGNUM_AS_RAW, nullptr, &error);
+  char* const unchanged = const_cast<char*>(text.data());
+  parsed.doc = yyjson_read_opts(unchanged, text.size(), YYJSON_READ_BIGNUM_AS_RAW, nullptr, &error);
   if (!parsed.doc) parsed.error = json_complaint(text, text.empty() ? "it is empty" : error.msg, error.pos);
   return parsed;
 }

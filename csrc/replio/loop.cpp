@@ -3,24 +3,30 @@
 
 #include <poll.h>
 #include <sys/prctl.h>
+#include <sys/timerfd.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
 
+#include "event.hpp"
+
 namespace fdfast::replio {
 
 namespace {
 
 constexpr uint64_t kWake = ~uint64_t{0};
+constexpr uint64_t kTimer = kWake - 1;
 constexpr int kMostEvents = 128;
 constexpr double kStopPatience_s = 5;
 
-Fd make_epoll() {
+// Opens a descriptor under the eyes of fork().
+template <typename Open>
+Fd opened(const char* what, const Open& open) {
   const auto held = hold_forks();
-  const int fd = epoll_create1(EPOLL_CLOEXEC);
-  if (fd < 0) throw MachineFault(std::string("Pool: epoll: ") + std::strerror(errno) + "; raise `ulimit -n`");
+  const int fd = open();
+  if (fd < 0) throw MachineFault(std::string("Pool: ") + what + ": " + std::strerror(errno) + "; raise `ulimit -n`");
   return Fd(fd);
 }
 
@@ -30,11 +36,15 @@ Loop::Loop(const Settings& settings, Ledger& ledger)
     : settings_(settings),
       ledger_(ledger),
       launch_{settings.argv, settings.env, settings.cwd},
-      epoll_(make_epoll()),
+      guard_(settings.workers),
+      epoll_(opened("epoll", [] { return epoll_create1(EPOLL_CLOEXEC); })),
+      timer_(opened("timerfd", [] { return timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK); })),
       workers_(static_cast<size_t>(settings.workers)) {
   for (size_t i = 0; i < workers_.size(); ++i) workers_[i].index = static_cast<int>(i);
-  epoll_event event{.events = EPOLLIN, .data = {.u64 = kWake}};
-  epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, ledger_.wake_fd(), &event);
+  epoll_event wake{.events = EPOLLIN, .data = {.u64 = kWake}};
+  epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, ledger_.wake_fd(), &wake);
+  epoll_event timer{.events = EPOLLIN, .data = {.u64 = kTimer}};
+  epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, timer_.get(), &timer);
 }
 
 void Loop::run() {
@@ -43,18 +53,22 @@ void Loop::run() {
   Time now = Clock::now();
   while (true) {
     if (!dispatch(now)) break;
-    const int count = epoll_wait(epoll_.get(), events, kMostEvents, wait_ms(now));
+    set_timer();
+    const int count = epoll_wait(epoll_.get(), events, kMostEvents, -1);
     now = Clock::now();
     // What a worker said on stderr before its answer belongs to it, so stderr is read first; the end comes last.
     for (const auto stream : {Stream::errors, Stream::input, Stream::out, Stream::end}) {
       for (int i = 0; i < count; ++i) {
-        if (events[i].data.u64 != kWake && static_cast<Stream>(events[i].data.u64 & 3) == stream) {
-          handle(events[i], now);
-        }
+        const uint64_t source = events[i].data.u64;
+        if (source < kTimer && static_cast<Stream>(source & 3) == stream) handle(events[i], now);
       }
     }
     for (int i = 0; i < count; ++i) {
       if (events[i].data.u64 == kWake) ledger_.clear_wake();
+      if (events[i].data.u64 == kTimer) {
+        clear_event(timer_);
+        armed_ = Time::max();
+      }
     }
     sweep(now);
   }
@@ -93,20 +107,21 @@ void Loop::handle(const epoll_event& event, Time now) {
   }
 }
 
-int Loop::wait_ms(Time now) {
-  Time first = Time::max();
-  bool vacant = false;
+// Sets the timer to what is due first, if that is before what it is set to. Mostly deadlines move away before they
+// come, and the timer is left alone: it goes off early once in a while, which does no harm.
+void Loop::set_timer() {
+  Time first = news_ ? after(news_since_, kHeldNews_s) : Time::max();
   for (const Worker& worker : workers_) {
     if (worker.deadline) first = std::min(first, *worker.deadline);
     if (worker.next_poll) first = std::min(first, *worker.next_poll);
-    vacant |= worker.phase == Phase::vacant;
   }
-  if (vacant && not_before_ > now) first = std::min(first, not_before_);
-  if (!undead_.empty()) first = std::min(first, after(now, 1));
-  if (first == Time::max()) return -1;
-  if (first <= now) return 0;
-  return static_cast<int>(std::min<int64_t>(
-      std::chrono::ceil<std::chrono::milliseconds>(first - now).count(), 60'000));
+  if (failures_ > 0 && not_before_ > Clock::now()) first = std::min(first, not_before_);
+  if (!undead_.empty()) first = std::min(first, after(Clock::now(), 1));
+  if (first >= armed_) return;
+  armed_ = first;
+  const auto ns = std::max<int64_t>(1, std::chrono::nanoseconds(first.time_since_epoch()).count());
+  const itimerspec when{{0, 0}, {ns / 1'000'000'000, ns % 1'000'000'000}};
+  timerfd_settime(timer_.get(), TFD_TIMER_ABSTIME, &when, nullptr);
 }
 
 // Deadlines, memory, and what callers have cancelled.
@@ -182,9 +197,13 @@ void Loop::stop() {
     do {
       done = poll(&ended, 1, std::max(0, static_cast<int>(left_s * 1000)));
     } while (done < 0 && errno == EINTR);
-    if (done == 1) worker.child.reap();
+    if (done == 1) {
+      guard_.set(worker.index, 0);
+      worker.child.reap();
+    }
     vacate(worker);
   }
+  guard_.close();
 }
 
 }  // namespace fdfast::replio

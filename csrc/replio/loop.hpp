@@ -10,11 +10,14 @@
 #include <string>
 #include <vector>
 
+#include "guard.hpp"
 #include "ledger.hpp"
 #include "process.hpp"
 #include "worker.hpp"
 
 namespace fdfast::replio {
+
+inline constexpr double kHeldNews_s = 200e-6;  // news of an answer is held back no longer
 
 class Loop {
  public:
@@ -26,7 +29,7 @@ class Loop {
   enum class Stream : uint8_t { input, out, errors, end };
 
   // Waiting: loop.cpp.
-  int wait_ms(Time now);
+  void set_timer();
   void handle(const epoll_event& event, Time now);
   void sweep(Time now);
   void look_at_memory(Worker& worker, Time now);
@@ -36,6 +39,7 @@ class Loop {
 
   // Giving work: loop_feed.cpp.
   bool dispatch(Time now);  // false: stop
+  void tell(int news, bool more_to_come, Time now);
   void start(Worker& worker, Command* command, Time now);
   void start_failed(const std::string& why, Time now);
   void feed(Worker& worker, bool only_held, Time now, const Lock& held);
@@ -62,11 +66,16 @@ class Loop {
   const Settings& settings_;
   Ledger& ledger_;
   const Launch launch_;
-  Fd epoll_;
+  Guard guard_;
+  Fd epoll_, timer_;
+  Time armed_ = Time::max();  // for when the timer is set; never later than what is due
   std::vector<Worker> workers_;
   std::vector<Child> undead_;  // killed, and not ended in time: stuck in the kernel
   int failures_ = 0;           // starts in a row that failed
   Time not_before_{};          // no start
+  int news_ = 0;               // answers that those who wait for any have not been told of
+  Time news_since_{}, last_news_{};
+  double news_gap_s_ = 1;      // between answers, on the average
 };
 
 }  // namespace fdfast::replio

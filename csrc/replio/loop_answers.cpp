@@ -45,7 +45,6 @@ void Loop::read_out(Worker& worker, Time now) {
       if (settings_.mode == Mode::repl) {  // it can't answer any more
         worker.retiring = true;
         worker.late = End::crashed;
-        worker.why = "it closed its stdout";
         worker.deadline = std::min(worker.deadline.value_or(Time::max()), after(now, kGrace_s));
       }
       return;
@@ -232,6 +231,7 @@ void Loop::on_end(Worker& worker, Time now) {
     const bool too_long = worker.out.view().size() > static_cast<size_t>(settings_.answer_bytes);
     if (worker.phase != Phase::dying) worker.verdict = too_long ? End::overflow : End::crashed;
   }
+  guard_.set(worker.index, 0);  // before it is reaped and its number is free
   settle_flights(worker, worker.child.reap(), now);
   vacate(worker);
 }
@@ -273,8 +273,8 @@ void Loop::settle_flights(Worker& worker, std::optional<int> status, Time now) {
   for (auto command = again.rbegin(); command != again.rend(); ++command) ledger_.requeue(*command);
   lock.unlock();
   if (!failed_start) return;
-  std::string why = launch_.argv.front() + ": the worker ended before it took a command";
-  if (!worker.why.empty()) why = launch_.argv.front() + ": " + worker.why;
+  std::string why = launch_.argv.front() + ": " +
+                    (worker.why.empty() ? "the worker ended before it took a command" : worker.why);
   if (status) why += *status < 0 ? ": signal " + std::to_string(-*status) : ": exit status " + std::to_string(*status);
   const auto tail = static_cast<size_t>(settings_.stderr_bytes);
   if (errors.size() > tail) errors.erase(0, errors.size() - tail);

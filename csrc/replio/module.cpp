@@ -133,7 +133,9 @@ Settings settings_of(std::vector<std::string> argv, const std::string& mode,
                      const std::optional<std::map<std::string, std::string>>& env) {
   Settings settings;
   settings.argv = std::move(argv);
-  if (mode != "repl" && mode != "once") throw InputFault("Pool: mode must be \"repl\" or \"once\"; got \"" + mode + "\"");
+  if (mode != "repl" && mode != "once") {
+    throw InputFault("Pool: mode must be \"repl\" or \"once\"; got \"" + mode + "\"");
+  }
   settings.mode = mode == "repl" ? Mode::repl : Mode::once;
   if (env) {
     for (const auto& [name, value] : *env) settings.env.push_back(name + "=" + value);

@@ -15,6 +15,12 @@
 
 #include "types.hpp"
 
+#if defined(__SANITIZE_THREAD__)
+// The sanitizer's own clone() resets its books in the child, which are ours here; glibc has it under this name, too.
+extern "C" int __clone(int (*function)(void*), void* stack, int flags, void* argument, ...);
+#define clone __clone
+#endif
+
 namespace fdfast::replio {
 
 namespace {
@@ -29,6 +35,7 @@ struct Birth {
   char* const* env;
   const char* cwd;  // null: ours
   int in, out, errors;
+  bool dies_with_us;
   pid_t parent;
   const char* failed_call = nullptr;  // set by the child, whose memory is ours
   int error = 0;
@@ -36,32 +43,35 @@ struct Birth {
 
 void close_from(unsigned first) {
   if (syscall(SYS_close_range, first, ~0U, 0) == 0) return;
-  for (long fd = first, end = sysconf(_SC_OPEN_MAX); fd < end; ++fd) close(static_cast<int>(fd));  // before Linux 5.9
+  for (long fd = first, end = sysconf(_SC_OPEN_MAX); fd < end; ++fd) syscall(SYS_close, fd);  // before Linux 5.9
 }
 
-// Runs in the child, on its own stack but in our memory, until exec: system calls only.
+// Runs in the child, on a stack of its own but in our memory, until exec: bare system calls alone, since the C
+// library's wrappers (and a sanitizer's) would keep books that are ours.
 int be_born(void* argument) {
   auto& birth = *static_cast<Birth*>(argument);
-  const auto failed = [&](const char* call) {
+  const auto require = [&birth](long result, const char* call) {
+    if (result >= 0) return;
     birth.failed_call = call;
     birth.error = errno;
-    _exit(127);
+    syscall(SYS_exit_group, 127);
   };
-  // No handler of ours may run here, and an ignored signal would stay ignored in the program.
-  struct sigaction standard = {};
-  standard.sa_handler = SIG_DFL;
-  for (int signal = 1; signal < NSIG; ++signal) sigaction(signal, &standard, nullptr);
-  if (setsid() < 0) failed("setsid");
-  if (prctl(PR_SET_PDEATHSIG, SIGKILL) != 0) failed("prctl");
-  if (getppid() != birth.parent) _exit(127);  // it died before the line above
-  if (dup2(birth.in, 0) < 0 || dup2(birth.out, 1) < 0 || dup2(birth.errors, 2) < 0) failed("dup2");
+  // No handler of ours may run here, and an ignored signal would stay ignored in the program. Zeros mean SIG_DFL.
+  constexpr size_t kMaskBytes = 8;
+  const uint64_t standard[8] = {};
+  for (int signal = 1; signal <= 64; ++signal) syscall(SYS_rt_sigaction, signal, standard, nullptr, kMaskBytes);
+  require(syscall(SYS_setsid), "setsid");
+  if (birth.dies_with_us) {
+    require(syscall(SYS_prctl, PR_SET_PDEATHSIG, SIGKILL), "prctl");
+    if (syscall(SYS_getppid) != birth.parent) syscall(SYS_exit_group, 127);  // it died before the line above
+  }
+  require(syscall(SYS_dup3, birth.in, 0, 0), "dup3");
+  require(syscall(SYS_dup3, birth.out, 1, 0), "dup3");
+  require(syscall(SYS_dup3, birth.errors, 2, 0), "dup3");
   close_from(3);
-  if (birth.cwd && chdir(birth.cwd) != 0) failed("chdir");
-  sigset_t none;
-  sigemptyset(&none);
-  sigprocmask(SIG_SETMASK, &none, nullptr);
-  execve(birth.path, birth.argv, birth.env);
-  failed("execve");
+  if (birth.cwd) require(syscall(SYS_chdir, birth.cwd), "chdir");
+  syscall(SYS_rt_sigprocmask, SIG_SETMASK, standard, nullptr, kMaskBytes);
+  require(syscall(SYS_execve, birth.path, birth.argv, birth.env), "execve");
   return 127;
 }
 
@@ -107,7 +117,7 @@ Child start_process(const Launch& launch) {
   void* const stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (stack == MAP_FAILED) fail("mmap");
   Birth birth{path.c_str(),   argv.data(),     env.data(), launch.cwd.empty() ? nullptr : launch.cwd.c_str(),
-              in.read.get(), out.write.get(), errors.write.get(), getpid()};
+              in.read.get(), out.write.get(), errors.write.get(), launch.dies_with_us, getpid()};
   int pidfd = -1;
   // CLONE_VFORK: we go on once the child has called exec or ended.
   const pid_t pid = clone(&be_born, static_cast<char*>(stack) + kStackBytes,

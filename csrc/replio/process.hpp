@@ -17,6 +17,7 @@ struct Launch {
   std::vector<std::string> argv;
   std::vector<std::string> env;  // NAME=value
   std::string cwd;
+  bool dies_with_us = true;  // it is killed when the thread that started it ends
 };
 
 // A process that some worker started, by its start time too: its number may be another's by now.
@@ -37,9 +38,8 @@ struct Child {
   std::optional<int> reap();
 };
 
-// Starts a process in a session of its own that is killed when the calling thread ends, with pipes for its standard
-// streams (ours are non-blocking) and no other descriptor. It costs no copy of our page tables. Throws MachineFault
-// with the system call that failed and why.
+// Starts a process in a session of its own, with pipes for its standard streams (our ends are non-blocking) and no
+// other descriptor. It costs no copy of our page tables. Throws MachineFault with the system call that failed and why.
 Child start_process(const Launch& launch);
 
 // Resident bytes of a process and its descendants, who are put into `found`. Pages that they share count for each.
