@@ -10,6 +10,7 @@ from benchmarks.targets import LIMIT, Target
 SMALL, STRING, MESSAGES = "small commands", "256 KiB as one string", "256 KiB as 1,500 messages"
 MEMORY, LEAN = "memory of the parent", "real Lean"
 OURS, OURS_RAW, SERVER = "ours", "ours, raw frames", "LeanInteract server"
+SERVER_POOL = "LeanInteract pool"
 OURS_BATCH = "ours, raw frames, a batch"
 LEAN_PROCESSES, LEAN_MESSAGES = "a process for each run of Lean", "the same, messages alone"
 LIMIT_ONE = f"{LIMIT}: C++ epoll loop"
@@ -19,6 +20,7 @@ MEMORY_COMMANDS, MEMORY_WORKERS = 100_000, 4
 TARGETS = (
     Target(SMALL, OURS_BATCH, "cpu", 2.0, LIMIT_ONE),
     Target(SMALL, OURS_BATCH, "cpu", 1 / 20, SERVER),
+    Target(SMALL, f"{OURS_BATCH}, 2 workers", "cpu", 1 / 20, SERVER_POOL),
     Target(MESSAGES, OURS_RAW, "cpu", 1 / 30, SERVER),
     Target(MEMORY, OURS, "growth", 20.0),
     Target(LEAN, OURS, "wall", 1 / 3, LEAN_PROCESSES),
@@ -130,7 +132,7 @@ def all_contenders() -> list[Contender]:
         Contender("asyncio", 1, drivers.Asyncio),
         Contender("asyncio, 2 workers", 2, lambda: drivers.Asyncio(2)),
         Contender(SERVER, 1, peers.LeanInteractServer, interact),
-        Contender("LeanInteract pool", 2, peers.LeanInteractPool, interact),
+        Contender(SERVER_POOL, 2, peers.LeanInteractPool, interact),
         # It parses all that has come after every line.
         Contender("lean-repl-py", 1, peers.LeanReplPy, repl_py, ((MESSAGES, 1),)),
     ]
