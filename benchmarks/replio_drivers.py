@@ -123,8 +123,12 @@ class OursBatch(OursRaw):
 
     def answers(self, frames: Sequence[bytes]) -> "Iterator[Answer]":
         tickets = self.pool.submit(frames, header=HEADER.encode())
-        for ticket in reversed(tickets):
-            yield checked(self.pool.wait(ticket))
+        yield checked(self.pool.wait(tickets[-1]))
+        left = len(tickets) - 1
+        while left:  # twice where another worker is still at work
+            found = self.pool.ready() or [self.pool.next()]
+            left -= len(found)
+            yield from map(checked, found)
 
 
 def checked(answer: "Answer | None") -> "Answer":

@@ -6,7 +6,6 @@ few statements, no two texts the same.
 
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,6 @@ from pathlib import Path
 from fdfast.data import base_theorems_path
 from fdfast.lean import Attempt, find_lean, verify_many
 from fdfast.lean.statement import complete_header, parse_statement
-from fdfast.lean.toolchain import find_library
 from tests.fake_repl import compiled
 
 WORKERS = 2
@@ -84,6 +82,6 @@ def _lean(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def launcher() -> Path:
     """The launcher, linked with the Lean that `find_lean` finds."""
-    folder = find_library(sys.path).parent
+    folder = find_lean().origin.parent
     link = (f"-L{folder}", "-lleanshared", "-Wl,--allow-shlib-undefined", f"-Wl,-rpath,{folder}")
     return compiled(LAUNCHER, *link)
