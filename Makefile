@@ -9,13 +9,16 @@ BENCH ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: help venv demo test test-slow lint peers bench gpu clean
+.PHONY: help venv demo test test-slow test-cpp fuzz lint peers bench gpu clean
 
 help:
 	@echo "make demo       Feedback Distillation on a real model with real Lean (minutes)"
 	@echo "make test       lint, types and the tests (minutes)"
 	@echo "make test-slow  the minutes-long proofs"
-	@echo "make bench      policy_head against Liger-Kernel, TRL, plain PyTorch and the GEMMs"
+	@echo "make test-cpp   the C++ tests of fdfast._replio, under each sanitizer (part of make test)"
+	@echo "make fuzz       a minute of libFuzzer on its framing and JSON (needs clang)"
+	@echo "make bench      policy_head against Liger-Kernel, TRL, plain PyTorch and the GEMMs; the REPL pool"
+	@echo "                against LeanInteract, lean-repl-py and a bare loop (alone: BENCH='--only replio')"
 	@echo "make gpu        the kernels' tests on a CUDA GPU, then the same benchmark there"
 	@echo "make lint       ruff and mypy alone"
 	@echo "make venv       .venv with all that tests and demo need; the others make it themselves"
@@ -33,7 +36,7 @@ $(VENV)/.dependencies: pyproject.toml constraints.txt
 	@$(PIP) setuptools wheel pybind11
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.dependencies setup.py $(wildcard csrc/*)
+$(VENV)/.built: $(VENV)/.dependencies setup.py $(shell find csrc -type f)
 	@command -v c++ >/dev/null || \
 	  { echo "venv: no C++ compiler; install one (apt install g++)"; exit 1; }
 	@echo "venv: building fdfast with what tests and demo need"
@@ -44,11 +47,17 @@ $(VENV)/.built: $(VENV)/.dependencies setup.py $(wildcard csrc/*)
 demo: venv
 	@$(BIN)/fdfast demo
 
-test: venv lint
+test: venv lint test-cpp
 	@$(BIN)/pytest -m "not slow" -n 2 --dist worksteal
 
 test-slow: venv
 	@$(BIN)/pytest -m slow
+
+test-cpp:
+	@$(MAKE) --no-print-directory -C tests/cpp test
+
+fuzz:
+	@$(MAKE) --no-print-directory -C tests/cpp fuzz
 
 lint: venv
 	@$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The C++ extension alone: every other setting is in pyproject.toml."""
+"""The two C++ extensions alone: every other setting is in pyproject.toml."""
 
 from glob import glob
 
@@ -16,6 +16,14 @@ setup(
             depends=sorted(glob("csrc/*.hpp")),
             cxx_std=20,
             extra_compile_args=FLAGS,
-        )
+        ),
+        Pybind11Extension(
+            "fdfast._replio",
+            sorted(glob("csrc/replio/*.cpp")),
+            depends=sorted(glob("csrc/replio/**/*.[ch]*", recursive=True)),
+            cxx_std=20,
+            extra_compile_args=["-O3"],
+            extra_link_args=["-pthread"],
+        ),
     ]
 )

@@ -28,7 +28,16 @@ SAID = {
     "fdfast/data/templates.jsonl": "statements of the theorem set that are written by hand",
 }
 WIDTH = 118
-# Columns of the benchmark's CSV that the README shows, with their headings.
+# Columns of the benchmarks' CSVs that the README shows, with their headings.
+SHOWN_OF_REPLIO = {
+    "workers": "workers",
+    "turns": "turns",
+    "per_s": "a second",
+    "cpu_s": "CPU s of 1,000",
+    "p50_us": "p50 us",
+    "p99_us": "p99 us",
+    "grown_mib": "MiB grown",
+}
 SHOWN = {
     "turns": "turns",
     "wall_s": "wall s",
@@ -112,18 +121,22 @@ def about(name: str) -> str:
 def bench(rows: list[dict[str, str]]) -> str:
     """A table for each case of one machine's results, and one of its targets."""
     first = rows[0]
+    computed = "data" in first  # else commands are answered
+    shown = SHOWN if computed else SHOWN_OF_REPLIO
     parts = []
     for case in dict.fromkeys(row["case"] for row in rows):
         some = [row for row in rows if row["case"] == case]
-        columns = [c for c in SHOWN if any(row[c] for row in some)]
+        columns = [c for c in shown if any(row[c] for row in some)]
         notes = any(row["note"] for row in some)
         cells = [
             (row["contender"], *(row[c] for c in columns), *([row["note"]] if notes else []))
             for row in some
         ]
-        head = ("", *(SHOWN[c] for c in columns), *([""] if notes else []))
-        said = f"{case}, {some[0]['shape']}, {some[0]['data']} data, forward and backward:"
-        parts.append(f"{said}\n\n{table(head, cells)}")
+        head = ("", *(shown[c] for c in columns), *([""] if notes else []))
+        said = f"{case}, {some[0]['shape']}"
+        if computed:
+            said += f", {some[0]['data']} data, forward and backward"
+        parts.append(f"{said}:\n\n{table(head, cells)}")
     targets = [
         (row["case"], row["contender"], *said.rsplit(": ", 1))
         for row in rows
@@ -132,9 +145,12 @@ def bench(rows: list[dict[str, str]]) -> str:
     ]
     if targets:
         head = ("case", "contender", "target", "")
-        parts.append(f"Targets, wall and CPU time both:\n\n{table(head, targets)}")
-    where = f"{first['machine']}, {first['threads']} thread(s), {first['versions']}"
-    if first["driver"]:
+        said = "Targets, wall and CPU time both" if computed else "Targets"
+        parts.append(f"{said}:\n\n{table(head, targets)}")
+    where = f"{first['machine']}, {first['versions']}"
+    if computed:
+        where = f"{first['machine']}, {first['threads']} thread(s), {first['versions']}"
+    if first.get("driver"):
         where += f", driver {first['driver']}"
     return "\n\n".join(parts) + f"\n\n{where}; medians of turns, commit {first['commit']}."
 

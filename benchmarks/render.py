@@ -3,7 +3,7 @@
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,6 @@ COLUMNS = {
     "targets": "",
     "note": "",
 }
-SHOWN = tuple(column for column, heading in COLUMNS.items() if heading)
 
 
 def summarize(benchmarks: Sequence[dict[str, Any]], device: str) -> list[Row]:
@@ -74,9 +73,9 @@ def _row(seen: Sequence[dict[str, Any]]) -> Row:
     if wall:
         fifths = statistics.quantiles(wall, n=5) if len(wall) > 1 else wall * 4
         median = statistics.median(wall)
-        row |= {"turns": len(wall), "wall_s": _number(median)}
-        row |= {"wall_p20_s": _number(fifths[0]), "wall_p80_s": _number(fifths[3])}
-        row["cpu_s"] = _number(statistics.median(s["cpu_s"] for s in seen if "cpu_s" in s))
+        row |= {"turns": len(wall), "wall_s": number(median)}
+        row |= {"wall_p20_s": number(fifths[0]), "wall_p80_s": number(fifths[3])}
+        row["cpu_s"] = number(statistics.median(s["cpu_s"] for s in seen if "cpu_s" in s))
         row["gflops"] = round(needed_flops(first["case"], first["shape"]) / median / 1e9)
     if "clock_mhz" in first:
         row["clock_mhz"] = round(statistics.median(s["clock_mhz"] for s in seen))
@@ -88,8 +87,9 @@ def _row(seen: Sequence[dict[str, Any]]) -> Row:
     return row
 
 
-def _number(seconds: float) -> float:
-    return float(f"{seconds:.4g}")
+def number(measured: float) -> float:
+    """Four digits of it."""
+    return float(f"{measured:.4g}")
 
 
 def needed_flops(case: str, shape: str) -> float:
@@ -110,16 +110,22 @@ def add_targets(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
         )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as text, a block for each case without the columns that are empty there."""
+def table(rows: Sequence[Row], headings: Mapping[str, str] = COLUMNS) -> str:
+    """The rows as text, a block for each case without the columns that are empty there.
+
+    Args:
+        rows: all of the same columns.
+        headings: column -> what is above it, "" for those that are not shown.
+    """
     lines: list[str] = []
     for case in dict.fromkeys(row["case"] for row in rows):
         some = [row for row in rows if row["case"] == case]
-        columns = [c for c in SHOWN if any(row[c] != "" for row in some)]
-        lines += ["", f"{case}: {some[0]['shape']}, {some[0]['data']} data"]
-        lines.append(" " * 40 + "".join(f"{COLUMNS[c]:>9}" for c in columns))
+        columns = [c for c, said in headings.items() if said and any(row[c] != "" for row in some)]
+        data = f", {some[0]['data']} data" if "data" in some[0] else ""
+        lines += ["", f"{case}: {some[0]['shape']}{data}"]
+        lines.append(" " * 40 + "".join(f"{headings[c]:>10}" for c in columns))
         for row in some:
-            cells = "".join(f"{row[c]:>9}" for c in columns)
+            cells = "".join(f"{row[c]:>10}" for c in columns)
             lines.append(f"{row['contender']:40}{cells}  {row['note']}".rstrip())
     return "\n".join(lines)
 
@@ -135,8 +141,13 @@ def target_table(verdicts: Sequence[Verdict]) -> str:
 
 def results_path(device: str) -> Path:
     """Where the CSV goes: a GPU has a file of its own name."""
-    name = machine(device).replace(" ", "_").lower()
+    name = file_name(machine(device))
     return HERE / "results" / (f"{name}.csv" if device == "cuda" else f"policy_head_{name}.csv")
+
+
+def file_name(machine_name: str) -> str:
+    """The machine's name as a part of a file's."""
+    return machine_name.replace(" ", "_").lower()
 
 
 def machine(device: str) -> str:

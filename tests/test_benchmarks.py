@@ -1,6 +1,7 @@
 """The benchmark's own logic: its data, the verdicts on its targets, its tables, what it refuses."""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -190,7 +191,7 @@ def test_the_table_drops_empty_columns_and_keeps_reasons():
 
 def test_the_last_line_of_a_report_is_one_json_document(capsys):
     rows = [row(wall_s=1.0, cpu_s=1.0)]
-    harness.report(rows, evaluate(rows))
+    harness.report([(rows, evaluate(rows), render.COLUMNS)])
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert document["rows"][0]["wall_s"] == 1.0
     assert {t["outcome"] for t in document["targets"]} == {"not measured"}
@@ -220,7 +221,8 @@ def test_red_small_cases_leave_no_number(monkeypatch, capsys):
     class Red:
         returncode = 1
 
-    monkeypatch.setattr(harness, "_check_machine", lambda device: None)
+    suite = dataclasses.replace(harness.SUITES["policy_head"], check_machine=lambda device: None)
+    monkeypatch.setitem(harness.SUITES, "policy_head", suite)
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: Red())
     assert harness.main(["--quick"]) == 1
     out, err = capsys.readouterr()

@@ -102,7 +102,7 @@ def test_jsonl_files_are_checked_and_json_is_printed(
         ("a.lean", b"theorem t\0", "a.lean: the text has a NUL byte"),
         ("a.jsonl", b"", "a.jsonl: holds no theorem"),
         ("a.jsonl", b"{}\n{", "a.jsonl:1: field 'name' is missing"),
-        ("a.txt", b"x", "a.txt: a file to check ends in .lean or .jsonl"),
+        ("a.txt", b"x", "a.txt: a file to check ends in .lean, .jsonl, .json, .parquet"),
     ],
 )
 def test_a_file_that_cannot_be_checked_is_an_input_error(

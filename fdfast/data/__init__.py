@@ -1,4 +1,4 @@
-"""Problems to prove: JSON Lines in the fields of miniF2F, and a theorem set that we ship."""
+"""Problems to prove: readers of the published theorem sets, and a set that we ship."""
 
 from pathlib import Path
 

@@ -39,10 +39,11 @@ def questions_path() -> Path:
 def read_problems(
     path: Path, *, task: str, split: str | None = None, names: Sequence[str] = ()
 ) -> list[Problem]:
-    """The problems of a JSONL file.
+    """The problems of a file.
 
     Args:
-        path: records with `prompt` (and `name`) for chat; with miniF2F's fields for lean.
+        path: for chat a JSONL file, records with `prompt` (and `name`); for lean any set that
+            `jsonl.read_theorems` reads.
         task: chat or lean.
         split: keep this split only; None for all.
         names: keep problems whose name fits one of these patterns, easy_* say; () for all.

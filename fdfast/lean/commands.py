@@ -29,10 +29,14 @@ A .lean file: each `theorem` (or `lemma`) at the left margin gets its own verdic
 what stands above it in the file, without the theorems that were not proved: a later proof cannot
 rest on them. Definitions are taken as they are.
 
-A .jsonl file: the fields formal_statement, proof and header of each line, as in miniF2F.
+A .jsonl, .json or .parquet file: each record's statement, header and proof, in the fields of
+miniF2F (formal_statement, header, proof) or of another published set: ProofNet, PutnamBench,
+Lean-Workbook, LeanDojo-Benchmark.
 
 Exit status 0 when all are proved, 1 otherwise, 2 when a file cannot be read or Lean cannot be
 run."""
+
+_RECORDS = (".jsonl", ".json", ".parquet")
 
 
 def register(subparsers: "argparse._SubParsersAction[Any]") -> None:
@@ -41,7 +45,7 @@ def register(subparsers: "argparse._SubParsersAction[Any]") -> None:
     commands = lean.add_subparsers(required=True, metavar="COMMAND")
     check = commands.add_parser(
         "check",
-        help="a verdict for every theorem of .lean and .jsonl files",
+        help="a verdict for every theorem of .lean files and theorem sets",
         description=_CHECK,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -81,12 +85,12 @@ def _check(arguments: argparse.Namespace) -> int:
         raise InputError(f"--timeout must be more than 0 seconds; got {arguments.timeout:g}")
     all_proved = True
     for path in arguments.files:
-        if path.suffix == ".jsonl":
+        if path.suffix in _RECORDS:
             verdicts = _check_jsonl(path, arguments.timeout)
         elif path.suffix == ".lean":
             verdicts = _check_lean(path, arguments.timeout)
         else:
-            raise InputError(f"{path}: a file to check ends in .lean or .jsonl")
+            raise InputError(f"{path}: a file to check ends in .lean, {', '.join(_RECORDS)}")
         for name, verdict in verdicts:
             all_proved = all_proved and verdict.proved
             if arguments.json:

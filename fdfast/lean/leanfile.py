@@ -21,6 +21,9 @@ _MODIFIERS = re.compile(
     r"(?:@\[[^\]]*\]\s*|(?:private|protected|noncomputable|public|nonrec)\s+)*(?=(?:theorem|lemma)\b)"
 )
 _OPENING, _CLOSING = "([{⟨⦃", ")]}⟩⦄"
+# Whole names, so that no part of one is taken for a word; brackets; the mark itself.
+_MARK = re.compile(r"[^\W\d][\w'!?]*(?:\.[^\W\d][\w'!?]*)*|:=|[(\[{⟨⦃)\]}⟩⦄]")
+_CLAIMING = {"let", "have", "letI", "haveI", "let_fun", "let_delayed"}
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,20 @@ def read_pieces(path: Path) -> list[Piece]:
     code, fault = blank_comments(documentation_as_comments(text))
     if fault:
         raise InputError(f"{path}: {fault}")
+    pieces = split_pieces(text, code)
+    if not any(piece.name for piece in pieces):
+        raise InputError(f"{path}: claims no theorem at the left margin")
+    return pieces
+
+
+def split_pieces(text: str, code: str) -> list[Piece]:
+    """Split a text into its commands; `code` is the text without comments, equally long."""
     starts = [
         0,
         *(match.start() for match in _COMMAND.finditer(code) if match.start() > 0),
         len(text),
     ]
-    pieces = [_piece(text, code, *bounds) for bounds in itertools.pairwise(starts)]
-    if not any(piece.name for piece in pieces):
-        raise InputError(f"{path}: claims no theorem at the left margin")
-    return pieces
+    return [_piece(text, code, *bounds) for bounds in itertools.pairwise(starts)]
 
 
 def _piece(text: str, code: str, start: int, stop: int) -> Piece:
@@ -91,16 +99,22 @@ def _piece(text: str, code: str, start: int, stop: int) -> Piece:
 
 
 def definition_mark(code: str, begin: int, stop: int) -> int:
-    """Return the place after the first `:=` outside brackets, -1 if there is none.
+    """Return the place after the `:=` that ends the statement, -1 if there is none.
 
-    `code` is a text without its comments (`blank_comments`).
+    That is the first one outside brackets which belongs to no `let` or `have` of the type, as in
+    `theorem t : let x := 1; x = 1 :=`. `code` is a text without its comments (`blank_comments`).
     """
-    depth = 0
-    for i in range(begin, stop):
-        if code[i] in _OPENING:
+    depth = claimed = 0
+    for match in _MARK.finditer(code, begin, stop):
+        token = match.group()
+        if token in _OPENING:
             depth += 1
-        elif code[i] in _CLOSING:
+        elif token in _CLOSING:
             depth -= 1
-        elif depth == 0 and code.startswith(":=", i):
-            return i + 2
+        elif depth == 0 and token in _CLAIMING:
+            claimed += 1
+        elif depth == 0 and token == ":=":
+            if not claimed:
+                return match.end()
+            claimed -= 1
     return -1

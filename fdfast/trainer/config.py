@@ -25,7 +25,9 @@ class TrainConfig:
         model_name_or_path: a folder, a hub name, or "demo" (SmolLM2-135M-Instruct).
         dtype: of the trained weights: float32, bfloat16, float16.
         task: chat (questions without a check) or lean (theorems, checked by Lean).
-        dataset: a JSONL file; "base_theorems" and "questions" ship with fdfast.
+        dataset: a file or folder of theorems or hf:OWNER/NAME, in the fields of miniF2F or another
+            published set (data.jsonl.read_theorems); for chat a JSONL file of questions.
+            "base_theorems" and "questions" ship with fdfast.
         dataset_split: the split to train on; "" for all.
         problem_names: keep problems whose name fits one of these patterns (easy_*); () for all.
         output_dir: metrics, checkpoints and the final model go there.
