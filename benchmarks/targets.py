@@ -47,8 +47,8 @@ TARGETS = (
         for case in (KL32, KL16)
         for ours in (PLAIN, SMALL)
     ),
-    # No growth with the vocabulary: the workspace holds at any. A tenth is left for what the process
-    # itself does meanwhile; chunks of one length may leave some of it unused.
+    # No growth with the vocabulary: the workspace holds at any. A tenth is left for what the
+    # process does meanwhile; chunks of one length may leave some of it unused.
     *(
         Target(f"{case}, memory at V = {V}", SMALL, "memory", 1.10 * OTHER_WORKSPACE_MB["cpu"])
         for case in (KL32, KL16, GRPO32)
