@@ -106,6 +106,21 @@ class Builder {
   std::array<Kept, 128> keys_;
 };
 
+// No collections meanwhile: a document holds no cycles, and thousands of new objects would start one after the other,
+// each over all that the process holds.
+class WithoutCollections {
+ public:
+  WithoutCollections() : was_enabled_(PyGC_Disable()) {}
+  ~WithoutCollections() {
+    if (was_enabled_) PyGC_Enable();
+  }
+  WithoutCollections(const WithoutCollections&) = delete;
+  WithoutCollections& operator=(const WithoutCollections&) = delete;
+
+ private:
+  const int was_enabled_;
+};
+
 [[noreturn]] void raise(const std::string& complaint) {
   throw py::value_error(complaint);
 }
@@ -121,6 +136,7 @@ py::object python_json(std::string_view text) {
   const Parsed parsed = parse();
   if (!parsed.doc) raise(parsed.error);
   try {
+    const WithoutCollections none;
     return Builder().build(yyjson_doc_get_root(parsed.doc), 0);
   } catch (const TooDeep&) {
     raise(json_complaint(text, "nested deeper than 512", depth_overflow(text)));
