@@ -124,7 +124,8 @@ def bench(rows: list[dict[str, str]]) -> str:
     computed = "data" in first  # else commands are answered
     shown = SHOWN if computed else SHOWN_OF_REPLIO
     parts = []
-    for case in dict.fromkeys(row["case"] for row in rows):
+    untimed = [r for r in rows if computed and not r["wall_s"] and r["note"][:6] != "cannot"]
+    for case in dict.fromkeys(row["case"] for row in rows if row not in untimed):
         some = [row for row in rows if row["case"] == case]
         columns = [c for c in shown if any(row[c] for row in some)]
         notes = any(row["note"] for row in some)
@@ -137,6 +138,9 @@ def bench(rows: list[dict[str, str]]) -> str:
         if computed:
             said += f", {some[0]['data']} data, forward and backward"
         parts.append(f"{said}:\n\n{table(head, cells)}")
+    for measure, heading in SHOWN.items():
+        if some := [row for row in untimed if row[measure]]:
+            parts.append(f"{heading[0].upper()}{heading[1:]}:\n\n{side_by_side(some, measure)}")
     targets = [
         (row["case"], row["contender"], *said.rsplit(": ", 1))
         for row in rows
@@ -153,6 +157,16 @@ def bench(rows: list[dict[str, str]]) -> str:
     if first.get("driver"):
         where += f", driver {first['driver']}"
     return "\n\n".join(parts) + f"\n\n{where}; medians of turns, commit {first['commit']}."
+
+
+def side_by_side(rows: list[dict[str, str]], measure: str) -> str:
+    """A table of one number: a line a case, a column a contender."""
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        lines.setdefault(f"{row['case']} ({row['shape']})", {})[row["contender"]] = row[measure]
+    cells = [(case, *(seen.get(c, "") for c in contenders)) for case, seen in lines.items()]
+    return table(("", *contenders), cells)
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
