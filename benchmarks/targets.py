@@ -88,7 +88,7 @@ class Verdict:
         """For the column of the row's other targets."""
         target = self.target
         against = f" / {target.rival}" if target.rival else ""
-        seen = "-" if self.measured is None else f"{self.measured:.2g}"
+        seen = "-" if self.measured is None else f"{self.measured:.3g}"
         return f"{target.measure}{against} {seen}, at most {target.at_most:g}: {self.outcome}"
 
 
