@@ -152,6 +152,7 @@ class Pool:
         header: bytes = b"",
         timeout_s: float | None = None,
         unique: bool = False,
+        chain: bool = False,
         block: bool = True,
     ) -> list[int]:
         """Queue commands and give their tickets, consecutive numbers from 0 on.
@@ -163,6 +164,10 @@ class Pool:
                 its `env` becomes the first field of each command, which must be a JSON object.
             timeout_s: of each of these, instead of the pool's.
             unique: never answered from another ticket's answer: for commands with effects.
+            chain: the commands go to one worker, one after another and nothing between; the `env`
+                of each answer becomes the first field of the next command, a JSON object. After one
+                that gave no env the rest end as `header`, after a cancelled one as `cancelled`.
+                Implies `unique`.
             block: wait for room under `queue_bytes`; else raise.
 
         Raises:

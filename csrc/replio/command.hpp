@@ -38,6 +38,9 @@ struct Command {
   Header* header;
   bool unique;
   bool running = false;
+  bool pending = false;     // in a chain, and its turn has not come: it is in no queue
+  bool follows = false;     // in a chain, and not its first: no other worker can run it
+  Command* then = nullptr;  // what the chain has after it
   std::vector<TicketId> tickets;  // the first one's answer is not `shared`
   Link<Command> in_all, in_header;
 

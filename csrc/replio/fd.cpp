@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -30,7 +31,8 @@ Registry& registry() {
                    [] {
                      for (const int fd : registry().open) ::close(fd);
                      registry().open.clear();
-                     registry().mutex.unlock();
+                     // Its owner, by number, is a thread of the parent: it can't be unlocked here.
+                     new (&registry().mutex) std::recursive_mutex;
                    });
     return made;
   }();

@@ -15,7 +15,7 @@ namespace {
 // Lines "place pid" until the end of input, then the groups that are left are killed.
 constexpr const char* kScript =
     "last=0; while read -r place pid; do eval \"pid_$place=$pid\"; [ \"$place\" -le \"$last\" ] || last=$place; done;"
-    " while [ \"$last\" -ge 0 ]; do eval \"pid=\\${pid_$last:-0}\"; [ \"$pid\" -le 1 ] || kill -9 -- \"-$pid\";"
+    " while [ \"$last\" -ge 0 ]; do eval \"pid=\\${pid_$last:-0}\"; [ \"$pid\" -le 1 ] || kill -s KILL -- \"-$pid\";"
     " last=$((last - 1)); done";
 
 bool has_ended(const Child& child, int patience_ms) {

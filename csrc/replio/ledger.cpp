@@ -10,11 +10,26 @@ namespace fdfast::replio {
 
 Ledger::Ledger(const Settings& settings) : settings_(settings), cache_(settings.cache_bytes), wake_(make_event()) {}
 
+Command* Ledger::follow(Command* command) {
+  Command* const next = std::exchange(command->then, nullptr);
+  if (!next) return nullptr;
+  if (next->tickets.empty()) {  // cancelled meanwhile
+    finish(next, Answer(End::cancelled), Clock::now());
+    return nullptr;
+  }
+  next->pending = false;
+  next->running = true;
+  ++count.running;
+  return next;
+}
+
 void Ledger::finish(Command* command, Answer answer, Time begun) {
+  Command* const then = std::exchange(command->then, nullptr);
+  const End rest = answer.end == End::cancelled ? End::cancelled : End::header;
   if (command->running) {
     command->running = false;
     --count.running;
-  } else {
+  } else if (!command->pending) {
     unqueue(command);
   }
   if (command->tickets.empty()) {
@@ -28,6 +43,7 @@ void Ledger::finish(Command* command, Answer answer, Time begun) {
   }
   answer.shared = false;
   release(command, answer);
+  if (then) finish(then, Answer(rest), begun);
 }
 
 // Out of the books, into the cache if it may be.

@@ -44,8 +44,9 @@ class Ledger {
   // ---- Callers' threads, without the mutex.
   enum class Booked { all, full, closed };
   // Books the commands as consecutive tickets from `first` on. `full`: nothing was booked, and the texts are as before.
+  // A chain's are unique, and but for its first they wait for `follow`.
   Booked submit(std::vector<std::string>& texts, const std::string& header, double timeout_s, bool unique,
-                TicketId& first);
+                TicketId& first, bool chain);
   // Waits until so many bytes have room, or the pool is closed; false at the end of patience.
   bool wait_for_room(size_t bytes, const Patience& patience);
   enum class Got { answer, none, out_of_patience };
@@ -67,6 +68,9 @@ class Ledger {
   // go first for a while, then the oldest; with `only_held` no others are given. Null: none.
   template <typename Holds>
   Command* take(const Holds& holds, bool only_held, Time now);
+  // What the worker that has answered this command must run next; null: the command ends no chain's part. To be called
+  // before `finish`, which otherwise ends the rest of the chain too.
+  Command* follow(Command* command);
   // Answers the command's tickets and frees it; `begun` is when it was written to a worker.
   void finish(Command* command, Answer answer, Time begun);
   void requeue(Command* command);                // in front of all that wait
@@ -101,7 +105,7 @@ class Ledger {
     Link<Ticket> in_ready;
   };
 
-  void book(std::string& text, Header* header, double timeout_s, bool unique, Time now);
+  Command* book(std::string& text, Header* header, double timeout_s, bool unique, bool follows, Time now);
   void settle(Ticket& ticket, Answer answer);
   void list(Ticket& ticket);
   Answer hand_out(Ticket& ticket);

@@ -7,7 +7,7 @@
 namespace fdfast::replio {
 
 Ledger::Booked Ledger::submit(std::vector<std::string>& texts, const std::string& header, double timeout_s,
-                              bool unique, TicketId& first) {
+                              bool unique, TicketId& first, bool chain) {
   size_t bytes = 0;
   for (const auto& text : texts) bytes += text.size();
   const std::lock_guard lock(mutex);
@@ -18,13 +18,19 @@ Ledger::Booked Ledger::submit(std::vector<std::string>& texts, const std::string
   const bool was_idle = queue_.empty();
   Header* const under = header_of(header);
   const Time now = Clock::now();
-  for (auto& text : texts) book(text, under, timeout_s, unique, now);
+  Command* before = nullptr;
+  for (auto& text : texts) {
+    Command* const booked = book(text, under, timeout_s, unique || chain, chain && before, now);
+    if (chain && before) before->then = booked;
+    before = booked;
+  }
   if (hungry_ && was_idle && !queue_.empty()) wake();
   any_ready_.notify_all();  // for answers that were kept
   return Booked::all;
 }
 
-void Ledger::book(std::string& text, Header* header, double timeout_s, bool unique, Time now) {
+// Null: the ticket shares a command, or has its answer.
+Command* Ledger::book(std::string& text, Header* header, double timeout_s, bool unique, bool follows, Time now) {
   const TicketId id = next_ticket_++;
   Ticket& ticket = tickets_[id];
   ticket.id = id;
@@ -35,14 +41,14 @@ void Ledger::book(std::string& text, Header* header, double timeout_s, bool uniq
     if (const auto found = in_flight_.find(key); found != in_flight_.end()) {
       ticket.command = found->second;
       ticket.command->tickets.push_back(id);
-      return;
+      return nullptr;
     }
     if (const Answer* const kept = cache_.find(key)) {
       Answer answer = *kept;
       answer.shared = true;
       answer.queued_s = 0;
       settle(ticket, std::move(answer));
-      return;
+      return nullptr;
     }
   }
   auto* const command = new Command(std::move(text), header, timeout_s, unique);
@@ -51,7 +57,9 @@ void Ledger::book(std::string& text, Header* header, double timeout_s, bool uniq
   command_bytes_ += static_cast<int64_t>(command->text.size());
   ++header->commands;
   if (!unique) in_flight_.emplace(command->key, command);
-  enqueue(command, false);
+  command->follows = command->pending = follows;
+  if (!follows) enqueue(command, false);
+  return command;
 }
 
 Header* Ledger::header_of(const std::string& text) {
@@ -169,22 +177,22 @@ int Ledger::cancel(const std::vector<TicketId>& tickets) {
   const std::lock_guard lock(mutex);
   const Time now = Clock::now();
   int cancelled = 0;
-  for (const TicketId id : tickets) {
-    const auto found = tickets_.find(id);
+  // The last first: when the first of a chain is cancelled, so is what comes after it.
+  for (auto id = tickets.rbegin(); id != tickets.rend(); ++id) {
+    const auto found = tickets_.find(*id);
     if (found == tickets_.end() || !found->second.command) continue;
     Command* const command = found->second.command;
-    std::erase(command->tickets, id);
+    std::erase(command->tickets, *id);
     Answer answer(End::cancelled);
     answer.queued_s = seconds_between(found->second.queued, now);
     settle(found->second, answer);
     ++cancelled;
-    if (!command->tickets.empty()) continue;
+    if (!command->tickets.empty() || command->pending) continue;
     if (command->running) {
       forget(command);
       unwanted.push_back(command);
     } else {
-      unqueue(command);
-      release(command, answer);
+      finish(command, answer, now);
     }
   }
   if (!unwanted.empty()) wake();

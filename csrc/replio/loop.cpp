@@ -165,6 +165,7 @@ void Loop::sweep(Time now) {
 void Loop::look_at_memory(Worker& worker, Time now) {
   const int64_t bytes = resident_bytes(worker.child.pid, worker.descendants);
   worker.looked = now;
+  worker.resident_bytes = bytes;
   worker.next_poll = after(now, settings_.poll_s);
   if (bytes <= settings_.memory_bytes) return;
   if (worker.phase == Phase::starting) worker.why = "it needed more than `memory_bytes` to start";

@@ -43,7 +43,7 @@ class Loop {
   void start(Worker& worker, Command* command, Time now);
   void start_failed(const std::string& why, Time now);
   void feed(Worker& worker, bool only_held, Time now, const Lock& held);
-  void board(Worker& worker, Command* command, Time now);
+  void board(Worker& worker, Command* command, Time now, std::optional<int64_t> env = {});
   void launch(Worker& worker, Flight::Kind kind, Command* command, std::string prefix, std::string_view body);
   void set_out(Worker& worker, Time now);
   void flush(Worker& worker, Time now);

@@ -159,8 +159,9 @@ void Loop::accept_header(Worker& worker, Bytes frame, Time now) {
 }
 
 void Loop::accept_command(Worker& worker, Bytes frame, Time now) {
-  Answer answer = answer_of(worker, End::answer, std::move(frame), worker.answered);
   Command* const command = worker.flights.front().command;
+  const auto env = command->then ? environment_of(frame.view()) : std::nullopt;
+  Answer answer = answer_of(worker, End::answer, std::move(frame), worker.answered);
   const Time begun = worker.begun;
   worker.flights.pop_front();
   worker.deadline.reset();
@@ -168,8 +169,10 @@ void Loop::accept_command(Worker& worker, Bytes frame, Time now) {
   if (is_spent(worker, now)) worker.retiring = true;
   {
     Lock lock(ledger_.mutex);
+    Command* const next = env ? ledger_.follow(command) : nullptr;
     ledger_.finish(command, std::move(answer), begun);
     if (!worker.flights.empty()) set_out(worker, now);
+    if (next) board(worker, next, now, env);
     if (!worker.flights.empty() || worker.out.pending() == 0) feed(worker, false, now, lock);
     if (worker.retiring && worker.flights.empty()) ++ledger_.count.recycled;
   }
@@ -195,9 +198,12 @@ Answer Loop::answer_of(Worker& worker, End end, Bytes raw, Time now) const {
 // Whether the worker must be replaced before its next command.
 bool Loop::is_spent(Worker& worker, Time now) {
   if (settings_.recycle_after && worker.served >= settings_.recycle_after) return true;
-  if (!settings_.recycle_bytes || seconds_between(worker.looked, now) < settings_.poll_s) return false;
-  worker.looked = now;
-  return resident_bytes(worker.child.pid, worker.descendants) > settings_.recycle_bytes;
+  if (!settings_.recycle_bytes) return false;
+  if (seconds_between(worker.looked, now) >= settings_.poll_s) {
+    worker.looked = now;
+    worker.resident_bytes = resident_bytes(worker.child.pid, worker.descendants);
+  }
+  return worker.resident_bytes > settings_.recycle_bytes;
 }
 
 // Kills the process with all that it started. Its commands are settled when it is gone.
@@ -250,7 +256,7 @@ void Loop::settle_flights(Worker& worker, std::optional<int> status, Time now) {
     Command* const command = flight.command;
     const bool unread = consumed <= flight.begin;
     const bool unsent = dies_by_itself && (unread || worker.written < flight.end);
-    if (settings_.mode == Mode::repl && (i == 0 ? unsent : unread || !command->unique)) {
+    if (settings_.mode == Mode::repl && !command->follows && (i == 0 ? unsent : unread || !command->unique)) {
       again.push_back(command);
       failed_start |= i == 0 && !worker.proven;
       continue;

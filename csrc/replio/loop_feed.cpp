@@ -143,16 +143,17 @@ void Loop::feed(Worker& worker, bool only_held, Time now, const Lock&) {
   }
 }
 
-// Puts a command, or first its header, in flight.
-void Loop::board(Worker& worker, Command* command, Time now) {
+// Puts a command, or first its header, in flight. `env`: of the command before it in a chain.
+void Loop::board(Worker& worker, Command* command, Time now, std::optional<int64_t> env) {
   const Header& header = *command->header;
-  if (!worker.holds(header)) {
+  if (!env && header.id && worker.holds(header)) env = worker.environments.at(header.id);
+  if (!env && header.id) {
     ++ledger_.count.headers;
     launch(worker, Flight::Kind::header, command, header_command(header.text), {});
-  } else if (header.id == 0) {
+  } else if (!env) {
     launch(worker, Flight::Kind::command, command, {}, command->text);
   } else {
-    Splice splice = splice_environment(command->text, worker.environments.at(header.id));
+    Splice splice = splice_environment(command->text, *env);
     launch(worker, Flight::Kind::command, command, std::move(splice.prefix),
            std::string_view(command->text).substr(splice.skip));
   }

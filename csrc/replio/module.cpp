@@ -98,7 +98,7 @@ std::vector<std::string> commands_of(const py::handle& commands) {
 }
 
 py::list submit(const PyPool& self, const py::object& commands, const std::string& header,
-                std::optional<double> timeout_s, bool unique, bool block) {
+                std::optional<double> timeout_s, bool unique, bool chain, bool block) {
   Pool& pool = self.own();
   std::vector<std::string> texts = commands_of(commands);
   const size_t count = texts.size();
@@ -108,7 +108,7 @@ py::list submit(const PyPool& self, const py::object& commands, const std::strin
     const Patience long_patience = patience(block ? std::nullopt : std::optional(0.0));
     const py::gil_scoped_release no_gil;
     booked = pool.submit(std::move(texts), header, timeout_s.value_or(pool.settings().timeout_s), unique,
-                         long_patience, first);
+                         long_patience, first, chain);
   }
   if (PyErr_Occurred()) throw py::error_already_set();
   if (!booked) {
@@ -233,7 +233,7 @@ void bind_pool(py::module_& m) {
            "stderr_bytes"_a = 64 << 10, "queue_bytes"_a = int64_t{256} << 20, "depth"_a = 1, "cache_bytes"_a = 0,
            "probe"_a = py::bytes(), "max_restarts"_a = 5)
       .def("submit", &submit, "commands"_a, py::kw_only(), "header"_a = py::bytes(), "timeout_s"_a = py::none(),
-           "unique"_a = false, "block"_a = true)
+           "unique"_a = false, "chain"_a = false, "block"_a = true)
       .def(
           "next",
           [](const PyPool& self, std::optional<double> timeout_s) {

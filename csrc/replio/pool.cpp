@@ -64,7 +64,7 @@ Settings checked(Settings settings) {
 }
 
 // A command's text goes between blank lines, so it can't hold one.
-void check_framing(const std::vector<std::string>& texts, bool has_header) {
+void check_framing(const std::vector<std::string>& texts, bool has_header, bool chain) {
   for (size_t i = 0; i < texts.size(); ++i) {
     const std::string& text = texts[i];
     const auto which = [i] { return "submit: command " + std::to_string(i); };
@@ -77,9 +77,9 @@ void check_framing(const std::vector<std::string>& texts, bool has_header) {
                        std::to_string(blank) +
                        ": it would be read as two commands; write newlines inside JSON strings as \\n");
     }
-    if (has_header && text[std::min(text.find_first_not_of(" \t\r\n"), text.size() - 1)] != '{') {
-      throw InputFault(which() + " must be the text of a JSON object, so that the header's \"env\" can be put into " +
-                       "it; got " + text.substr(0, 40));
+    if ((has_header || (chain && i > 0)) && text[std::min(text.find_first_not_of(" \t\r\n"), text.size() - 1)] != '{') {
+      throw InputFault(which() + " must be the text of a JSON object, so that an \"env\" can be put into it; got " +
+                       text.substr(0, 40));
     }
   }
 }
@@ -110,17 +110,17 @@ void Pool::check_process() const {
 }
 
 bool Pool::submit(std::vector<std::string> texts, const std::string& header, double timeout_s, bool unique,
-                  const Patience& patience, TicketId& first) {
+                  const Patience& patience, TicketId& first, bool chain) {
   if (settings_.mode == Mode::repl) {
-    check_framing(texts, !header.empty());
-  } else if (!header.empty()) {
-    throw InputFault("submit: header needs mode \"repl\"; in mode \"once\" put it into the command");
+    check_framing(texts, !header.empty(), chain);
+  } else if (!header.empty() || chain) {
+    throw InputFault("submit: header and chain need mode \"repl\"; in mode \"once\" put all into one command");
   }
   if (!(timeout_s > 0)) throw InputFault("submit: timeout_s must be positive; got " + std::to_string(timeout_s));
   size_t bytes = 0;
   for (const auto& text : texts) bytes += text.size();
   while (true) {
-    switch (ledger_.submit(texts, header, timeout_s, unique, first)) {
+    switch (ledger_.submit(texts, header, timeout_s, unique, first, chain)) {
       case Ledger::Booked::all:
         return true;
       case Ledger::Booked::closed:

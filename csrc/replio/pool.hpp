@@ -25,7 +25,7 @@ class Pool {
 
   // As in fdfast/_replio.pyi. `false`: no room before the end of patience, nothing was taken.
   bool submit(std::vector<std::string> texts, const std::string& header, double timeout_s, bool unique,
-              const Patience& patience, TicketId& first);
+              const Patience& patience, TicketId& first, bool chain = false);
   Counts counts();  // with the memory of today
   Ledger& ledger() { return ledger_; }
   const Settings& settings() const { return settings_; }

@@ -59,6 +59,7 @@ struct Worker {
   End verdict = End::crashed;  // what it ends as once the process is reaped
   std::string why;             // why a start failed
   Time looked{};                  // at its memory
+  int64_t resident_bytes = 0;     // as of then
   std::optional<Time> next_poll;  // of memory, while it works
   std::vector<Descendant> descendants;  // as of the last poll
   std::optional<Bytes> unproven;  // the answer that a probe is out for

@@ -30,10 +30,10 @@ Settings settings(int workers = 1, const char* role = "worker") {
 Patience patience(double seconds = 30) { return {after(Clock::now(), seconds), std::chrono::hours(1), {}}; }
 
 std::vector<TicketId> submit(Pool& pool, std::vector<std::string> texts, const std::string& header = "",
-                             double timeout_s = 20, bool unique = false) {
+                             double timeout_s = 20, bool unique = false, bool chain = false) {
   std::vector<TicketId> tickets(texts.size());
   TicketId first = 0;
-  CHECK(pool.submit(std::move(texts), header, timeout_s, unique, patience(), first));
+  CHECK(pool.submit(std::move(texts), header, timeout_s, unique, patience(), first, chain));
   for (size_t i = 0; i < tickets.size(); ++i) tickets[i] = first + static_cast<TicketId>(i);
   return tickets;
 }
@@ -183,6 +183,28 @@ void a_header_is_sent_once_to_a_worker_and_its_environment_put_in() {
   CHECK(is(ask(pool, "{\"a\": 3}", "hang"), End::timeout, -SIGKILL));
 }
 
+void a_chain_runs_on_one_worker_in_the_environment_of_the_last_answer() {
+  Pool pool(settings(3));
+  for (int i = 0; i < 10; ++i) {
+    const std::string self_of = std::to_string(i);
+    const auto tickets = submit(pool, {"{\"cmd\": 1}", "{\"cmd\": 2}", "{\"a\": " + self_of + "}", "{}"}, "", 20, false, true);
+    const std::string env = raw(wait(pool, tickets[1]));
+    const Answer third = wait(pool, tickets[2]);
+    CHECK_SEEING(raw(third) == "{\"got\": \"" + env.substr(0, env.size() - 1) + ", \"a\": " + self_of + "}\"}", seen(third));
+    CHECK(is(wait(pool, tickets[3]), End::header));  // the third gave no environment
+    CHECK(is(wait(pool, tickets[0]), End::answer));
+  }
+  auto tickets = submit(pool, {"{\"cmd\": 1}", "{\"die 3\": 1}", "{}"}, "", 20, false, true);
+  CHECK(is(wait(pool, tickets[1]), End::crashed, 3) && is(wait(pool, tickets[2]), End::header));
+  tickets = submit(pool, {"{\"cmd\": \"after 3\"}", "{}", "{}"}, "", 20, false, true);  // dies between two
+  CHECK(wait(pool, tickets[1]).end == End::crashed && is(wait(pool, tickets[2]), End::header));
+  tickets = submit(pool, {"{\"hang\": 1}", "{}", "{}"}, "", 20, false, true);
+  CHECK(pool.ledger().cancel({tickets[1]}) == 1 && pool.ledger().cancel({tickets[0]}) == 1);
+  CHECK(wait(pool, tickets[0]).end == End::cancelled && wait(pool, tickets[2]).end == End::cancelled);
+  const Counts counts = pool.counts();
+  CHECK(counts.answered == counts.submitted && counts.queued == 0 && counts.requeued == 0);
+}
+
 void equal_commands_share_an_answer_unless_unique() {
   Settings made = settings(2);
   made.cache_bytes = 1000;
@@ -316,14 +338,16 @@ void many_threads_and_faults_lose_nothing() {
   const auto body = [&](unsigned seed) {
     std::mt19937 random(seed);
     const char* const texts[] = {"x", "y", "sleep 1", "die 3", "half", "err 5000", "after 1", "big 100000"};
+    const char* const chained[] = {"{\"cmd\": 1}", "{\"cmd\": 1}", "{\"die 3\": 1}", "{\"cmd\": \"after 1\"}"};
     for (int round = 0; round < 60; ++round) {
       std::vector<std::string> batch;
+      const bool chain = random() % 4 == 0;
       for (size_t i = 0; i < 1 + random() % 4; ++i) {
-        batch.push_back(texts[random() % 8] + std::string(" # ") + std::to_string(random() % 20));
+        batch.push_back(chain ? chained[random() % 4] : texts[random() % 8] + std::string(" # ") + std::to_string(random() % 20));
       }
-      const auto tickets = submit(pool, batch, "", 20, random() % 4 == 0);
+      const auto tickets = submit(pool, batch, "", 20, random() % 4 == 0, chain);
       given += static_cast<int>(tickets.size());
-      if (random() % 3 == 0) pool.ledger().cancel({tickets.front()});
+      if (random() % 3 == 0) pool.ledger().cancel({tickets[random() % tickets.size()]});
       if (random() % 2) {
         Answer answer;
         if (pool.ledger().wait(tickets.back(), answer, patience()) == Ledger::Got::answer) ++fetched;
@@ -366,6 +390,7 @@ int main(int argc, char** argv) {
   a_descendant_in_its_own_session_is_killed_too();
   limits_of_memory_answer_and_stderr_hold();
   a_header_is_sent_once_to_a_worker_and_its_environment_put_in();
+  a_chain_runs_on_one_worker_in_the_environment_of_the_last_answer();
   equal_commands_share_an_answer_unless_unique();
   cancelled_tickets_end_so_and_free_the_worker();
   a_forged_answer_is_seen_by_the_probe();
