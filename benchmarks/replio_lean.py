@@ -4,6 +4,7 @@ The proofs are those of the theorem set, as a training step has them: eight atte
 few statements, no two texts the same.
 """
 
+import functools
 import json
 import subprocess
 import tempfile
@@ -12,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fdfast.data import base_theorems_path
-from fdfast.lean import Attempt, find_lean, verify_many
+from fdfast.lean import Attempt, LeanPool, find_lean
 from fdfast.lean.statement import complete_header, parse_statement
 from tests.fake_repl import compiled
 
@@ -33,9 +34,15 @@ def attempts(num_statements: int, turn: int) -> list[Attempt]:
     ]
 
 
+@functools.cache
+def _pool() -> LeanPool:
+    """The pool that is kept from turn to turn, as a trainer keeps it from step to step."""
+    return LeanPool(workers=WORKERS)
+
+
 def ours(items: Sequence[Attempt]) -> int:
     """How many our checker finds proved."""
-    return sum(verdict.proved for verdict in verify_many(items, workers=WORKERS))
+    return sum(verdict.proved for verdict in _pool().check_many(items))
 
 
 def processes(items: Sequence[Attempt], check: Callable[[Attempt], bool]) -> int:

@@ -11,6 +11,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from fdfast.lean import Toolchain
+from tests.lean_project import toolchains
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read once, when fdfast.kernels is first imported
 
@@ -49,3 +52,9 @@ def _torch_as_tests_want_it() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(deterministic)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def leans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Toolchain]:
+    """Every kind of toolchain, ready to check: see tests/lean_project.py."""
+    return toolchains(tmp_path_factory.mktemp("lean"))

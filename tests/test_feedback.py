@@ -25,7 +25,7 @@ def test_verifier_feedback_carries_the_attempt_and_leans_words():
 
 
 def test_verifier_feedback_on_a_proof_is_the_proof():
-    text = feedback_provider("verifier")(PROBLEM, "h", Verdict("proved"))
+    text = feedback_provider("verifier")(PROBLEM, "h", Verdict("proved", level=1))
     assert text == "This proof is correct:\nh"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fdfast.errors import InputError
-from fdfast.lean import commands
+from fdfast.lean import Toolchain, commands
 
 FILE = """prelude
 import FdBase
@@ -123,7 +123,34 @@ def test_the_doctor_names_lean_and_proves_something(capsys: pytest.CaptureFixtur
     assert run("doctor") == 0
     out = capsys.readouterr().out
     assert "4.35.0 (embedded)" in out
+    assert "chosen       the embedded Lean: no project named by FDFAST_LEAN_PROJECT\n" in out
+    assert "level 2      the embedded kernel's own replay\n" in out
     assert out.rstrip().endswith("proved")
+
+
+@pytest.mark.parametrize("kind", ["lean", "repl"])
+def test_the_doctor_shows_the_project_that_was_chosen(
+    leans: dict[str, Toolchain],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+) -> None:
+    monkeypatch.setattr(commands, "find_lean", lambda: leans[kind])
+    assert run("doctor") == 0
+    out = capsys.readouterr().out
+    assert f"({kind}), {leans[kind].origin}\n" in out
+    assert f"chosen       {leans[kind].reason}\n" in out
+    replay = "none: the REPL writes" if kind == "repl" else str(leans[kind].leanchecker)
+    assert f"level 2      {replay}" in out
+    assert "axioms       Classical.choice, Quot.sound, propext allowed\n" in out
+    assert out.rstrip().endswith("proved")
+
+
+def test_level_2_is_told_in_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.lean").write_text("theorem t (a : Prop) (h : a) : a := h\n")
+    for level in ("1", "2"):
+        assert run("check", tmp_path / "a.lean", "--json", "--level", level) == 0
+        assert json.loads(capsys.readouterr().out)["level"] == int(level)
 
 
 @pytest.mark.parametrize("command", ["check", "doctor"])

@@ -1,18 +1,14 @@
-"""Lean is found, made ready once, and its absence is said in one line."""
+"""Lean is found, the user's first, made ready once, and its absence is said in one line."""
 
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
 
-from fdfast.errors import MachineError
-from fdfast.lean import find_lean, verify
-from fdfast.lean.process import LeanProcess
+from fdfast.errors import InputError, MachineError
+from fdfast.lean import LeanPool, Toolchain, find_lean
 
 GOOD = "theorem good (a : Prop) (h : a) : a :="
 
@@ -99,83 +95,150 @@ import fdfast.lean, fdfast.lean.commands, fdfast.data.jsonl
     assert (process.returncode, err) == (0, "")
 
 
-def test_no_lean_outlives_a_killed_parent() -> None:
-    code = (
-        "import fdfast.lean, os, time\n"
-        "process = fdfast.lean.find_lean().start()\n"
-        "print(process._process.pid, flush=True)\n"
-        "time.sleep(60)\n"
-    )
-    parent = run_python(code)
-    assert parent.stdout is not None
-    pid = int(parent.stdout.readline())
-    assert Path(f"/proc/{pid}").exists()
-    parent.kill()
-    parent.communicate()
-    for _ in range(500):
-        if (
-            not Path(f"/proc/{pid}").exists()
-            or "Z" in Path(f"/proc/{pid}/stat").read_text().split()
-        ):
-            return
-        time.sleep(0.01)
-    pytest.fail(f"process {pid} still runs")
+def bin_of(lean: Toolchain) -> str:
+    """The folder of the lake that made this toolchain; see lean_project.py."""
+    assert lean.folder is not None
+    return str(lean.folder.parent / "bin")
 
 
-def test_ctrl_c_ends_the_check_and_its_processes() -> None:
-    code = (
-        "from fdfast.lean import verify\n"
-        "print('begin', flush=True)\n"
-        f"verify({GOOD!r}, 'h ' * 300_000, timeout_s=60)\n"
-    )
-    process = run_python(code)
-    assert process.stdout is not None
-    process.stdout.readline()
-    time.sleep(1.5)
-    start = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
-    assert time.monotonic() - start < 10
-    assert process.returncode == -signal.SIGINT
-    assert err.rstrip().endswith("KeyboardInterrupt")
+@pytest.fixture
+def project(leans: dict[str, Toolchain], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A lake project, and its lake in PATH."""
+    folder = leans["lean"].folder
+    assert folder is not None
+    monkeypatch.setenv("PATH", f"{bin_of(leans['lean'])}{os.pathsep}{os.environ['PATH']}")
+    return folder
 
 
-def test_a_lean_killed_from_outside_is_a_machine_error(tmp_path: Path) -> None:
+def test_without_a_project_the_embedded_lean_is_taken_and_says_why() -> None:
+    assert find_lean().reason == "the embedded Lean: no project named by FDFAST_LEAN_PROJECT"
+    assert find_lean(backend="embedded").reason == "the embedded Lean: asked for"
+
+
+def test_a_project_is_taken_first_and_its_repl_before_plain_lean(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FDFAST_LEAN_PROJECT", str(project))
     lean = find_lean()
-    (tmp_path / "a.lean").write_text("prelude\nimport FdBase\ntheorem t : True := True.intro\n")
-    with LeanProcess(lean.program) as process:
-        for _ in range(3):
-            finished = process.run(
-                ["--json", "a.lean"],
-                folder=tmp_path,
-                lean_path=lean.lean_path(),
-                deadline=time.monotonic() + 20,
-            )
-            assert (finished.end, finished.status, finished.stdout) == ("exit", 0, "")
-        os.kill(process._process.pid, signal.SIGKILL)
-        with pytest.raises(MachineError, match=r"was killed from outside"):
-            process.run(["--json"], folder=tmp_path, deadline=time.monotonic() + 20)
-        assert not process.usable
+    assert (lean.kind, lean.version, lean.folder) == ("repl", "4.35.0", project)
+    assert lean.origin == project / ".lake" / "build" / "bin" / "repl"
+    assert lean.reason == f"the REPL of {project}: built in the project"
+    assert lean.no_replay.startswith("the REPL writes no compiled files")
+    lean = find_lean(project, backend="lean")
+    assert (lean.kind, lean.reason) == ("lean", f"plain lean of {project}: asked for")
+    assert (lean.origin.name, lean.no_replay) == ("lean", "")
+    assert lean.leanchecker == lean.origin.with_name("leanchecker")
+    assert lean.allowed_axioms == {"propext", "Classical.choice", "Quot.sound"}
+    assert find_lean(backend="embedded").kind == "embedded"
 
 
-def test_a_job_can_be_cancelled_from_another_thread() -> None:
-    lean = find_lean()
-    cancel = threading.Event()
-    threading.Timer(0.7, cancel.set).start()
-    from fdfast.lean.checker import Checker
-
-    checker = Checker(lean, timeout_s=30.0, memory_bytes=2 << 30, cancel=cancel)
-    verdict = checker.verify(GOOD, "h " * 300_000, "")
-    checker.close()
-    assert (verdict.kind, verdict.reason) == ("timeout", "cancelled")
+def test_lakes_relative_paths_are_made_whole(project: Path) -> None:
+    path = find_lean(project, backend="lean").lean_path(Path("/extra"))
+    assert path.split(os.pathsep) == [str(project.parent / "modules"), "/extra"]
 
 
-def test_a_full_temporary_folder_is_a_machine_error(
+def test_a_repl_can_be_named(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repl = tmp_path / "my-repl"
+    repl.symlink_to(project / ".lake" / "build" / "bin" / "repl")
+    monkeypatch.setenv("FDFAST_LEAN_REPL", str(repl))
+    lean = find_lean(project)
+    assert (lean.kind, lean.origin) == ("repl", repl)
+    assert lean.reason.endswith("named by argument or FDFAST_LEAN_REPL")
+    with LeanPool(workers=1, toolchain=lean) as pool:
+        assert pool.check(GOOD, "h").proved
+
+
+@pytest.mark.parametrize("packages", [[], ["REPL"]])
+def test_a_project_without_a_repl_is_taken_with_plain_lean(
+    project: Path, tmp_path: Path, packages: list[str]
+) -> None:
+    (tmp_path / "lakefile.lean").touch()
+    for package in packages:
+        (tmp_path / ".lake" / "packages" / package).mkdir(parents=True)
+    lake = (Path(bin_of(find_lean(project))) / "lake").read_text()
+    assert "LEAN_PATH=./" in lake
+    lean = find_lean(tmp_path)
+    assert lean.kind == "lean"
+    why = "the project's REPL is not built" if packages else "the project has no REPL"
+    assert why in lean.reason
+    with pytest.raises(MachineError, match=f"^lean: no REPL for {tmp_path}: {why}"):
+        find_lean(tmp_path, backend="repl")
+
+
+def test_what_is_no_project_is_an_input_error(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match=r"^find_lean: project must be a folder with lakefile"):
+        find_lean(tmp_path)
+    with pytest.raises(InputError, match=r"^find_lean: repl must be the program of [^\n]*$"):
+        find_lean(project, repl=tmp_path / "absent")
+    with pytest.raises(InputError, match=r"backend must be auto, embedded, lean or repl; got 'x'"):
+        find_lean(backend="x")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"backend 'repl' wants a lake project .* got none"):
+        find_lean(backend="repl")
+    monkeypatch.setenv("FDFAST_LEAN_REPL", "/some/repl")
+    with pytest.raises(InputError, match=r"repl /some/repl wants a lake project .* got none"):
+        find_lean()
+
+
+def make_lake(folder: Path, *lines: str) -> Path:
+    """A project, and a lake that does as told."""
+    (folder / "bin").mkdir()
+    lake = folder / "bin" / "lake"
+    lake.write_text("\n".join(("#!/bin/sh", *lines, "")))
+    lake.chmod(0o755)
+    (folder / "lakefile.toml").touch()
+    return folder / "bin"
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (("echo no toolchain >&2; exit 3",), r"ended with status 3 \(no toolchain\);"),
+        (("echo hello",), r"does not run a program \('hello"),
+        (('shift; PATH=/nowhere exec "$@"',), r"gives no `lean`"),
+        (
+            (
+                "shift; mkdir -p t/bin; echo exit 0 > t/bin/lean; chmod +x t/bin/lean",
+                'LEAN_SYSROOT=$PWD/t exec "$@"',
+            ),
+            r"(says '', which names no version|cannot be run)",
+        ),
+    ],
+)
+def test_a_lake_that_fails_is_a_machine_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: tuple[str, ...], said: str
+) -> None:
+    places = os.environ["PATH"]
+    monkeypatch.setenv("PATH", f"{make_lake(tmp_path, *lines)}{os.pathsep}{places}")
+    with pytest.raises(MachineError, match=rf"^lean: [^\n]*{said}[^\n]*$"):
+        find_lean(tmp_path)
+
+
+def test_a_project_without_lake_in_the_path_is_a_machine_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import tempfile
+    (tmp_path / "lakefile.toml").touch()
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(MachineError, match=r"wants `lake`, which is not in PATH; install elan"):
+        find_lean(tmp_path)
 
-    find_lean()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
-    with pytest.raises(MachineError, match=r"lean: .*TMPDIR"):
-        verify(GOOD, "h")
+
+def test_an_old_toolchain_has_no_level_2(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lake = (project.parent / "bin" / "lake").read_text()
+    tools = tmp_path / "t" / "bin"
+    tools.mkdir(parents=True)
+    (tools / "lean").symlink_to(find_lean(project, backend="lean").origin)
+    lines = [line for line in lake.splitlines()[1:] if "LEAN_PATH" not in line]
+    exports = f"export LEAN_PATH={project.parent / 'modules'} LEAN_SYSROOT={tmp_path / 't'}"
+    places = os.environ["PATH"]
+    folder = make_lake(tmp_path, lines[0], exports, *lines[1:])
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{places}")
+    lean = find_lean(tmp_path)
+    assert lean.no_replay == "Lean 4.35.0 comes without leanchecker; 4.28 and later have it"
+    with pytest.raises(InputError, match=r"^LeanPool: level 2 wants a replay, which is not there"):
+        LeanPool(toolchain=lean, level=2)

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdfast.errors import InputError, MachineError
-from fdfast.lean.filecheck import Checked, ProcessCheck, read_messages
+from fdfast.lean import LeanPool
+from fdfast.lean.filecheck import Checked
 from fdfast.lean.tools import SCHEMAS, Limits, Toolbox, ToolResult
 from fdfast.lean.verdict import Message
 from fdfast.lean.workfolder import Refused, WorkFolder
@@ -25,12 +26,18 @@ def no_check(text: str, timeout_s: float) -> Checked:
     raise AssertionError(f"checked: {text!r}")
 
 
+@pytest.fixture(scope="module")
+def pool() -> Iterator[LeanPool]:
+    with LeanPool(workers=1) as made:
+        yield made
+
+
 @pytest.fixture
-def box(tmp_path: Path) -> Iterator[Toolbox]:
+def box(tmp_path: Path, pool: LeanPool) -> Iterator[Toolbox]:
     (tmp_path / "work").mkdir()
     (tmp_path / "library" / "Order").mkdir(parents=True)
     (tmp_path / "library" / "Order" / "Basic.lean").write_text("theorem le : True := trivial\n")
-    with Toolbox(tmp_path / "work", ProcessCheck(), {"Lib": tmp_path / "library"}) as made:
+    with Toolbox(tmp_path / "work", pool.check_file, {"Lib": tmp_path / "library"}) as made:
         yield made
 
 
@@ -297,9 +304,9 @@ def test_files_that_run_code_while_they_compile_are_not_compiled(tmp_path: Path,
     assert result.text.startswith("A.lean is not checked: `")
 
 
-def test_a_check_that_does_not_end_says_so(tmp_path: Path) -> None:
+def test_a_check_that_does_not_end_says_so(tmp_path: Path, pool: LeanPool) -> None:
     text = "theorem t (a : Prop) (h : a) : a := h\n"
-    with Toolbox(tmp_path, ProcessCheck(), limits=Limits(check_seconds=0.001)) as box:
+    with Toolbox(tmp_path, pool.check_file, limits=Limits(check_seconds=0.001)) as box:
         call(box, "write_file", path="A.lean", content=text)
         result = call(box, "check_file", path="A.lean")
     assert "A.lean: not finished: Lean was still busy after 0.001 s" in result.text
@@ -317,20 +324,6 @@ def test_the_machines_faults_are_raised(tmp_path: Path) -> None:
     for name, more in (("write_file", {"content": "x"}), ("check_file", {})):
         with pytest.raises(InputError, match="the work folder is closed"):
             call(box, name, path="A.lean", **more)
-
-
-def test_messages_come_from_leans_lines_alone() -> None:
-    lines = [
-        '{"severity": "error", "pos": {"line": 5, "column": 2}, "data": "one\\ntwo"}',
-        "noise",
-        '{"data": 3}',
-        '{"severity": "warning", "pos": null, "data": "no place"}',
-        '{"severity": "err',
-    ]
-    assert read_messages("\n".join(lines), 2) == (
-        Message("error", 3, 2, "one\ntwo"),
-        Message("warning", 0, 0, "no place"),
-    )
 
 
 # The part about tools of the template of Qwen's models: the schemas as JSON, one a line, and calls.

@@ -1,11 +1,15 @@
-"""The process that holds Lean: `python -I -S _child.py LIBRARY PARENT_PID`.
+"""The worker that runs Lean, one fork for each job: `python -I -S _child.py [LIBRARY]`.
 
-It loads and initialises libleanshared.so once, which costs 50 ms, then runs each job in a fork,
-which costs 10. A job is a JSON line on stdin; the answers are lines on stdout: `ready`, then `pid
-N` and `end STATUS` for each job. A finished job is reaped when the parent has sent an empty line,
-so until then the parent may kill its process group by id.
+With LIBRARY, libleanshared.so, it loads and initialises that once, which costs 30 ms, and a job is
+a fork that calls `lean_main`, which costs 10, or replays a compiled file. Without, a job names the
+program that its fork becomes. It speaks the framing of `fdfast._replio`: the line `ready`, then for
+each job (a JSON line, a blank line) the answer `{"status": N}` and a blank line.
 
-It imports only small modules and nothing of fdfast, because its start is paid on every check.
+Only this process writes answers. A job has files in place of our pipes before Lean sees any text,
+it cannot open ours through /proc (this process is not dumpable), and whatever it leaves behind is
+killed before its answer goes out. When this process is killed, the kernel kills the job.
+
+It imports only small modules and nothing of fdfast, because its start is paid on every restart.
 """
 
 import ctypes
@@ -17,45 +21,58 @@ import sys
 
 CANNOT_RUN = 97  # exit status for "Lean itself cannot be run"
 MAX_FILE_BYTES = 256 << 20
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36
 
 
 def main() -> None:
     """Serve jobs until stdin ends."""
-    library, parent = sys.argv[1:]
     libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):  # the parent died before the line above: nobody waits for us
-        os._exit(CANNOT_RUN)
+    libc.prctl(_PR_SET_DUMPABLE, 0)
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)  # a job's orphans become ours, see _kill_leftovers
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    try:
-        # RTLD_GLOBAL: the library looks its own symbols up by name.
-        lean = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
-        lean.lean_initialize()
-    except (OSError, AttributeError) as error:
-        os.write(2, f"{error}\n".encode(errors="replace"))
-        os._exit(CANNOT_RUN)
+    lean = None
+    if len(sys.argv) > 1:
+        try:
+            # RTLD_GLOBAL: the library looks its own symbols up by name.
+            lean = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
+            lean.lean_initialize()
+        except (OSError, AttributeError) as error:
+            os.write(2, f"{error}\n".encode(errors="replace"))
+            os._exit(CANNOT_RUN)
     os.write(1, b"ready\n")
+    own = os.getpid()
     while line := sys.stdin.buffer.readline():
+        if line == b"\n":
+            continue
         job = json.loads(line)
-        own = os.getpid()
         pid = os.fork()
         if pid == 0:
             _run(libc, lean, own, job)
-        os.write(1, b"pid %d\n" % pid)
-        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        assert ended is not None
-        status = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
-        os.write(1, b"end %d\n" % status)
-        sys.stdin.buffer.readline()
-        os.waitpid(pid, 0)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        _kill_leftovers()
+        os.write(1, b'{"status":%d}\n\n' % status)
     os._exit(0)
 
 
-def _run(libc: ctypes.CDLL, lean: ctypes.CDLL, parent: int, job: dict[str, str]) -> None:
-    """Become the job: a session of its own, its files in place of our pipes, then `lean_main`."""
+def _kill_leftovers() -> None:
+    """Kill what the job started and did not wait for, and what that started."""
+    while True:
+        try:
+            pid = os.waitpid(-1, os.WNOHANG)[0]
+        except ChildProcessError:
+            return
+        if pid:
+            continue
+        for task in os.listdir("/proc/self/task"):
+            with open(f"/proc/self/task/{task}/children", "rb") as children:
+                for child in children.read().split():
+                    os.kill(int(child), signal.SIGKILL)
+        os.waitpid(-1, 0)
+
+
+def _run(libc: ctypes.CDLL, lean: ctypes.CDLL | None, parent: int, job: dict[str, str]) -> None:
+    """Become the job: its files in place of our pipes, then Lean."""
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    os.setsid()
     if os.getppid() != parent:
         os._exit(CANNOT_RUN)
     try:
@@ -68,7 +85,17 @@ def _run(libc: ctypes.CDLL, lean: ctypes.CDLL, parent: int, job: dict[str, str])
         os.closerange(3, max(files) + 1)
         resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, MAX_FILE_BYTES))
         os.environ["LEAN_PATH"] = job["lean_path"]
-        argv = [b"lean", *(os.fsencode(argument) for argument in job["arguments"])]
+        argv = [os.fsencode(argument) for argument in job["arguments"]]
+        if lean is None:
+            os.execv(job["program"], [os.fsencode(job["program"]), *argv])
+        if job["replay"]:
+            sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+            import _replay  # type: ignore[import-not-found] # this is a script, no module
+
+            refused = _replay.replay(lean, job["replay"])
+            os.write(2, refused.encode(errors="replace"))
+            os._exit(bool(refused))
+        argv.insert(0, b"lean")
         status = lean.lean_main(len(argv), (ctypes.c_char_p * (len(argv) + 1))(*argv, None))
     except BaseException as error:  # of whatever kind: Python's exit status 1 would pass for Lean's
         os.write(2, f"{error!r}\n".encode(errors="replace"))

@@ -17,10 +17,10 @@ from typing import Any
 from fdfast.data.jsonl import read_theorems
 from fdfast.errors import InputError
 from fdfast.files import cache_dir
-from fdfast.lean.check import Attempt, verify, verify_many
 from fdfast.lean.leanfile import Piece, read_pieces
+from fdfast.lean.pool import Attempt, LeanPool
 from fdfast.lean.screen import refuse_context
-from fdfast.lean.toolchain import Toolchain, find_lean
+from fdfast.lean.toolchain import find_lean
 from fdfast.lean.verdict import Verdict
 
 _CHECK = """Check every theorem of each FILE and print one line for each: `name: verdict`.
@@ -32,6 +32,9 @@ rest on them. Definitions are taken as they are.
 A .jsonl, .json or .parquet file: each record's statement, header and proof, in the fields of
 miniF2F (formal_statement, header, proof) or of another published set: ProofNet, PutnamBench,
 Lean-Workbook, LeanDojo-Benchmark.
+
+Lean is that of the lake project $FDFAST_LEAN_PROJECT (its REPL, $FDFAST_LEAN_REPL, where it has
+one), else the embedded one; `fdfast lean doctor` tells which.
 
 Exit status 0 when all are proved, 1 otherwise, 2 when a file cannot be read or Lean cannot be
 run."""
@@ -52,6 +55,16 @@ def register(subparsers: "argparse._SubParsersAction[Any]") -> None:
     check.add_argument("files", nargs="+", type=Path, metavar="FILE")
     check.add_argument(
         "--timeout", type=float, default=30.0, metavar="SECONDS", help="per theorem (30)"
+    )
+    check.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="Lean processes at once (2)"
+    )
+    check.add_argument(
+        "--level",
+        type=int,
+        default=1,
+        choices=(1, 2),
+        help="1: type and axioms are audited (default); 2: the kernel replays the compiled proof",
     )
     check.add_argument("--json", action="store_true", help="one JSON object a line, with messages")
     check.set_defaults(run=_check)
@@ -84,54 +97,61 @@ def _check(arguments: argparse.Namespace) -> int:
     if not arguments.timeout > 0:
         raise InputError(f"--timeout must be more than 0 seconds; got {arguments.timeout:g}")
     all_proved = True
-    for path in arguments.files:
-        if path.suffix in _RECORDS:
-            verdicts = _check_jsonl(path, arguments.timeout)
-        elif path.suffix == ".lean":
-            verdicts = _check_lean(path, arguments.timeout)
-        else:
-            raise InputError(f"{path}: a file to check ends in .lean, {', '.join(_RECORDS)}")
-        for name, verdict in verdicts:
-            all_proved = all_proved and verdict.proved
-            if arguments.json:
-                record = {"file": str(path), "name": name, **asdict(verdict)}
-                print(json.dumps(record, ensure_ascii=False), flush=True)
+    with LeanPool(
+        workers=arguments.workers, timeout_s=arguments.timeout, level=arguments.level
+    ) as pool:
+        for path in arguments.files:
+            if path.suffix in _RECORDS:
+                verdicts = _check_records(path, pool)
+            elif path.suffix == ".lean":
+                verdicts = _check_lean(path, pool)
             else:
-                print(f"{name}: {verdict}", flush=True)
+                raise InputError(f"{path}: a file to check ends in .lean, {', '.join(_RECORDS)}")
+            for name, verdict in verdicts:
+                all_proved = all_proved and verdict.proved
+                if arguments.json:
+                    record = {"file": str(path), "name": name, **asdict(verdict)}
+                    print(json.dumps(record, ensure_ascii=False), flush=True)
+                else:
+                    print(f"{name}: {verdict}", flush=True)
     return 0 if all_proved else 1
 
 
-def _check_jsonl(path: Path, timeout_s: float) -> Iterator[tuple[str, Verdict]]:
+def _check_records(path: Path, pool: LeanPool) -> Iterator[tuple[str, Verdict]]:
+    """The verdicts in the order of the file, each printed as soon as those before it are there."""
     theorems = read_theorems(path)
-    for first in range(0, len(theorems), 16):  # in slices, so that the first lines come soon
-        chunk = theorems[first : first + 16]
-        items = [
-            Attempt(theorem.formal_statement, theorem.proof, theorem.header) for theorem in chunk
-        ]
-        verdicts = verify_many(items, timeout_s=timeout_s)
-        yield from zip((theorem.name for theorem in chunk), verdicts, strict=True)
+    items = [
+        Attempt(theorem.formal_statement, theorem.proof, theorem.header) for theorem in theorems
+    ]
+    waiting: dict[int, Verdict] = {}
+    following = 0
+    for number, verdict in pool.as_completed(items):
+        waiting[number] = verdict
+        while following in waiting:
+            yield theorems[following].name, waiting.pop(following)
+            following += 1
 
 
-def _check_lean(path: Path, timeout_s: float) -> Iterator[tuple[str, Verdict]]:
-    lean = find_lean()
+def _check_lean(path: Path, pool: LeanPool) -> Iterator[tuple[str, Verdict]]:
+    """One after another: whether a theorem is proved decides what stands above the next."""
     context = ""
     for piece in read_pieces(path):
         if piece.name:
-            verdict = _verdict(lean, piece, context, timeout_s)
+            verdict = _verdict(pool, piece, context)
             yield piece.name, verdict
             if not verdict.proved:
                 continue
         context += piece.text
 
 
-def _verdict(lean: Toolchain, piece: Piece, context: str, timeout_s: float) -> Verdict:
+def _verdict(pool: LeanPool, piece: Piece, context: str) -> Verdict:
     if not piece.statement:
         return Verdict(
             "rejected", reason="the theorem has no `:=`; write its proof as a term after one"
         )
     if reason := refuse_context(context):
         return Verdict("rejected", reason=reason)
-    return verify(piece.statement, piece.proof, header=context, timeout_s=timeout_s, toolchain=lean)
+    return pool.check(piece.statement, piece.proof, context)
 
 
 @_until_nobody_reads
@@ -147,7 +167,13 @@ def _doctor(_: argparse.Namespace) -> int:
     print(f"cache        {cache_dir()}")
     lean = find_lean()
     print(f"lean         {lean.version} ({lean.kind}), {lean.origin}")
-    print(f"base library {', '.join(str(folder) for folder in lean.library_dirs)}")
-    verdict = verify("theorem doctor (a : Prop) (h : a) : a :=", "h", toolchain=lean)
+    print(f"chosen       {lean.reason}")
+    folders = ", ".join(str(folder) for folder in lean.library_dirs)
+    print(f"libraries    {folders or lean.lean_path() or 'its own'}")
+    print(f"axioms       {', '.join(sorted(lean.allowed_axioms)) or 'none'} allowed")
+    replay = lean.leanchecker or "the embedded kernel's own replay"
+    print(f"level 2      {f'none: {lean.no_replay}' if lean.no_replay else replay}")
+    with LeanPool(workers=1, toolchain=lean) as pool:
+        verdict = pool.check("theorem doctor (a : Prop) (h : a) : a :=", "h")
     print(f"a proof      {verdict}")
     return 0 if verdict.proved else 1

@@ -7,21 +7,27 @@ import os
 import re
 import shutil
 import tempfile
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
 
 _PREFIX = "fdfast-lean"
 
 
-def private_folder() -> AbstractContextManager[str]:
+@contextlib.contextmanager
+def private_folder() -> Iterator[Path]:
     """A temporary folder that only we use; its name tells whose it is: machine and process.
+
+    Not tempfile's own, which a child forked off meanwhile would remove at its exit.
 
     Raises:
         OSError: there is no temporary folder to make it in.
     """
     remove_stale_folders(tempfile.gettempdir())
-    prefix = f"{_PREFIX}-{_machine()}-{os.getpid()}-"
-    return tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}-{_machine()}-{os.getpid()}-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @functools.cache

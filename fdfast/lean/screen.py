@@ -54,11 +54,18 @@ _CONTEXT_TRUST = {"ofReduceBool", "ofReduceNat", "reduceBool", "reduceNat", "tru
 # ASCII only: any other letter ends a word here, so no exotic letter or superscript can hide the
 # beginning of one.
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_'!?]*%?(?:\.[A-Za-z_][A-Za-z0-9_'!?]*)*")
-_NUMBER = re.compile(r"[0-9]+")
+_TOKEN = re.compile(rf"(?P<word>{_WORD.pattern})|[0-9]+")
 _OPEN_IN = re.compile(r"open\b[^\n]*?\bin\b")
+# Limits alone: with more time or depth a false proof is none the truer.
+_LIMIT_IN = re.compile(
+    r"set_option\s+(?:maxHeartbeats|maxRecDepth|synthInstance\.(?:maxHeartbeats|maxSize))\s+[0-9]+\s+in\b"
+)
 _STRICT_FROM = '"«'
 # The characters that make a symbol with the first one of a comment's opening: `<-`, `//`, `\\/`.
 _JOINING = {"--": "<", "/-": "/\\"}
+_OUTSIDE = re.compile(r"--|/-|[\"«']")
+_NOT_NEWLINE = re.compile(r"[^\n]")
+_IN_COMMENT = re.compile(r"/-|-/")
 
 
 def blank_comments(text: str) -> tuple[str, str]:
@@ -69,37 +76,38 @@ def blank_comments(text: str) -> tuple[str, str]:
     """
     out: list[str] = []
     i, depth, start = 0, 0, 0
-    while i < len(text):
-        two = text[i : i + 2]
-        if not depth and two in _JOINING and out and out[-1] in _JOINING[two]:
-            return "".join(out) + text[i:], f"ambiguous comment: `{out[-1]}{two}`"
-        if two == "/-" and (depth or text[i + 2 : i + 3] not in ("-", "!")):
-            start = start if depth else i
-            depth += 1
+    while (match := (_IN_COMMENT if depth else _OUTSIDE).search(text, i)) is not None:
+        mark, at = match.group(), match.start()
+        between = text[i:at]
+        out.append(_NOT_NEWLINE.sub(" ", between) if depth else between)
+        i = match.end()
+        if depth:
+            depth += 1 if mark == "/-" else -1
             out.append("  ")
-            i += 2
-        elif depth and two == "-/":
-            depth -= 1
+        elif mark in _JOINING and _last(out) in _JOINING[mark]:
+            return "".join(out) + text[at:], f"ambiguous comment: `{_last(out)}{mark}`"
+        elif mark == "/-" and text[i : i + 1] in ("-", "!"):
+            return "".join(out) + text[at:], "documentation comment"
+        elif mark == "/-":
+            start, depth = at, 1
             out.append("  ")
-            i += 2
-        elif depth:
-            out.append("\n" if text[i] == "\n" else " ")
-            i += 1
-        elif two == "--":
-            stop = text.find("\n", i)
-            stop = len(text) if stop < 0 else stop
-            out.append(" " * (stop - i))
-            i = stop
-        elif two == "/-":
-            return "".join(out) + text[i:], "documentation comment"
-        elif text[i] in _STRICT_FROM or _is_quote(text, i):
-            return "".join(out) + text[i:], ""
+        elif mark == "--":
+            i = text.find("\n", at)
+            i = len(text) if i < 0 else i
+            out.append(" " * (i - at))
+        elif mark in _STRICT_FROM or _is_quote(text, at):
+            return "".join(out) + text[at:], ""
         else:
-            out.append(text[i])
-            i += 1
+            out.append(mark)
     if depth:
+        out.append(_NOT_NEWLINE.sub(" ", text[i:]))
         return "".join(out), f"unclosed comment, opened in line {text.count(chr(10), 0, start) + 1}"
-    return "".join(out), ""
+    return "".join(out) + text[i:], ""
+
+
+def _last(out: list[str]) -> str:
+    """The last character of what was put out, \0 if there is none."""
+    return next((part[-1] for part in reversed(out) if part), "\0")
 
 
 def _is_quote(text: str, i: int) -> bool:
@@ -120,20 +128,13 @@ def refuse_proof(proof: str) -> str:
         return "the proof is empty: it has only comments"
     if match := re.search(r"@\[|#[a-z_]{2,}", code):
         return f"`{match.group()}` in the proof"
-    position = 0
-    while position < len(code):
-        if word := _WORD.match(code, position):
-            if reason := _refuse_word(code, word):
+    for token in _TOKEN.finditer(code):
+        if token.lastgroup == "word":
+            if reason := _refuse_word(code, token):
                 return reason
-            position = word.end()
-        elif number := _NUMBER.match(code, position):
-            position = number.end()
-            if _WORD.match(code, position):
-                return (
-                    f"a number glued to a word: `{code[number.start() : position + 8].split()[0]}`"
-                )
-        else:
-            position += 1
+        elif _WORD.match(code, token.end()):
+            shown = code[token.start() : token.end() + 8].split()[0]
+            return f"a number glued to a word: `{shown}`"
     return ""
 
 
@@ -149,6 +150,8 @@ def _refuse_word(code: str, word: re.Match[str]) -> str:
         return "sorry"
     if name == "open" and not _OPEN_IN.match(code, start):
         return "`open` in the proof"
+    if name == "set_option" and _LIMIT_IN.match(code, start):
+        return ""
     if name in _COMMANDS or name in _EXECUTING:
         return f"`{name}` in the proof"
     return ""

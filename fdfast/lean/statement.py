@@ -37,6 +37,15 @@ def parse_statement(formal_statement: str) -> tuple[str, str]:
 
 
 @functools.lru_cache(maxsize=256)
+def imports_of(header: str) -> str:
+    """Return the lines of a complete header that make up its import section: `prelude`, imports."""
+    code, _ = blank_comments(documentation_as_comments(header))
+    first = "prelude\n" if re.match(r"\s*prelude\b", code) else ""
+    names = [name for found in _IMPORT.findall(code) for name in found.split()]
+    return first + "".join(f"import {name}\n" for name in names)
+
+
+@functools.lru_cache(maxsize=256)
 def complete_header(lean: Toolchain, header: str) -> str:
     """Return the header with what this Lean needs above it, ending in a newline.
 

@@ -136,7 +136,7 @@ class Toolbox:
 
     Attributes:
         folder: the work folder, which exists; whoever made it removes it.
-        check: what compiles a file, such as `filecheck.ProcessCheck()`; agents may share it.
+        check: what compiles a file, such as `LeanPool.check_file`; agents may share it.
         libraries: name -> folder, for the search; without any there is no search tool.
         limits: see `Limits`.
         ripgrep: see `search.search`.

@@ -19,7 +19,7 @@ from fdfast.data.problems import Problem, proof_text, questions_path, read_probl
 from fdfast.errors import InputError, MachineError
 from fdfast.feedback import FeedbackProvider, feedback_provider
 from fdfast.interrupts import sigterm_as_interrupt, uninterrupted
-from fdfast.lean import Verdict, verify_many
+from fdfast.lean import LeanPool, Verdict
 from fdfast.losses import FeedbackDistillationLoss
 from fdfast.models import HeadWeights, lm_head, load_model
 from fdfast.rollout import HFEngine, SamplingOptions
@@ -68,6 +68,7 @@ def train(
         Screen(folder.name, total=config.max_steps, quiet=quiet) as screen,
         sigterm_as_interrupt(),
         _matmul_precision(config.float32_matmul_precision),
+        _lean(config) as lean,
     ):
         screen.say(f"{folder}: loading {newest or config.model_name_or_path}")
         state = _initial_state(config, newest)
@@ -82,6 +83,7 @@ def train(
             held_out=held_out[: config.eval_num_prompts],
             provider=provider,
             engine=HFEngine(state.model, state.tokenizer, batch_size=config.generation_batch_size),
+            lean=lean,
             prompts=prompts,
             loss_fn=_loss(config, lm_head(state.model)),
             log=MetricsLog(folder, step=state.step),
@@ -118,6 +120,13 @@ def _matmul_precision(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def _lean(config: TrainConfig) -> contextlib.AbstractContextManager[LeanPool | None]:
+    """One pool of Lean processes for the whole run; None for chat questions."""
+    if config.task != "lean":
+        return contextlib.nullcontext()
+    return LeanPool(workers=config.lean_workers, timeout_s=config.lean_timeout_s)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Run:
     """What the loop works with; `state` alone changes."""
@@ -128,6 +137,7 @@ class _Run:
     held_out: list[Problem]
     provider: FeedbackProvider
     engine: HFEngine
+    lean: LeanPool | None
     prompts: Prompts
     loss_fn: FeedbackDistillationLoss
     log: MetricsLog
@@ -148,7 +158,7 @@ def _train(run: _Run) -> None:
             seed = _seed(config, state.step)
             attempts = _roll_out(run, chosen, config.num_generations, seed=seed)
         with clock("verify"):
-            verdicts = _verify(attempts, config)
+            verdicts = _verify(attempts, run.lean)
         with clock("feedback"):
             attempts = _with_feedback(run, attempts, verdicts)
         with clock("update"):
@@ -174,7 +184,7 @@ def _evaluate(run: _Run) -> None:
     """The same stages without an update, on held-out problems, with the same seed every time."""
     num_generations = run.config.num_generations_eval
     attempts = _roll_out(run, run.held_out, num_generations, seed=_seed(run.config, -1))
-    verdicts = _verify(attempts, run.config)
+    verdicts = _verify(attempts, run.lean)
     attempts = _with_feedback(run, attempts, verdicts)
     with torch.no_grad():
         metrics = _score(run, attempts, backward=False)
@@ -298,9 +308,9 @@ def _roll_out(
     return [Attempt(p, i, c, i) for p, i, c in zip(problems, ids, completions, strict=True)]
 
 
-def _verify(attempts: list[Attempt], config: TrainConfig) -> list[Verdict | None]:
+def _verify(attempts: list[Attempt], lean: LeanPool | None) -> list[Verdict | None]:
     """Lean's verdict on each attempt; None for chat questions, which nobody checks."""
-    if config.task != "lean":
+    if lean is None:
         return [None] * len(attempts)
     items = []
     for attempt in attempts:
@@ -308,7 +318,7 @@ def _verify(attempts: list[Attempt], config: TrainConfig) -> list[Verdict | None
         assert theorem is not None
         proof = proof_text(attempt.completion.text)
         items.append((theorem.formal_statement, proof, theorem.header))
-    return [*verify_many(items, workers=config.lean_workers, timeout_s=config.lean_timeout_s)]
+    return [*lean.check_many(items)]
 
 
 def _with_feedback(
