@@ -357,5 +357,5 @@ def test_bad_arguments_are_refused_in_one_line() -> None:
         with pytest.raises(InputError, match="timeout_s must be positive"):
             pool.submit([b"a"], timeout_s=0)
         assert pool.next() is None
-    with Pool(["cat"], mode="once") as pool, pytest.raises(InputError, match="header and chain need"):
+    with Pool(["cat"], mode="once") as pool, pytest.raises(InputError, match="header and chain"):
         pool.submit([b"a"], header=b"b")
