@@ -1,6 +1,7 @@
 """The only place that chooses a backend."""
 
 import functools
+import importlib
 import importlib.util
 import logging
 import os
@@ -12,6 +13,7 @@ from torch import Tensor
 from fdfast.errors import MachineError
 
 BACKENDS = ("auto", "cpu", "triton", "reference")
+ATTENTION_BACKENDS = (*BACKENDS, "flash")
 logger = logging.getLogger("fdfast")
 
 
@@ -26,7 +28,7 @@ def backend_for(
     raises.
 
     Args:
-        operation: policy_head or topk_head.
+        operation: policy_head, topk_head or prefix_attention.
         tensor: one on the device where all are.
         requested: a name in BACKENDS.
         dtype: of logits and statistics; None: the tensor's.
@@ -36,26 +38,32 @@ def backend_for(
         TypeError: the backend does not compute in this dtype.
         MachineError: the backend cannot run here.
     """
-    if requested not in BACKENDS:
+    known = ATTENTION_BACKENDS if operation == "prefix_attention" else BACKENDS
+    if requested not in known:
         raise ValueError(
-            f"{operation}: backend must be one of {', '.join(BACKENDS)}; got {requested!r}"
+            f"{operation}: backend must be one of {', '.join(known)}; got {requested!r}"
         )
     dtype = tensor.dtype if dtype is None else dtype
     chosen = requested
     if requested == "auto":
         chosen, reason = _automatic(tensor.device, dtype)
         _announce(operation, chosen, tensor.device.type, reason)
-    if chosen == "reference":
-        return None
     if chosen == "triton":
         _check_triton(operation, tensor.device, dtype)
-        return _triton_module(operation)
-    if tensor.device.type != "cpu":
+    if chosen == "flash" and tensor.device.type != "cuda":
+        raise MachineError(
+            f"{operation}: backend='flash' wants tensors on a CUDA GPU; got one on "
+            f"{tensor.device}; move it, or take 'auto'"
+        )
+    if chosen == "cpu" and tensor.device.type != "cpu":
         raise MachineError(
             f"{operation}: backend='cpu' wants tensors on the CPU; got one on {tensor.device}; "
             f"move it, or take 'auto'"
         )
-    return _cpu_module(operation)
+    if chosen == "reference":
+        return None
+    modules = {"cpu": _cpu_module, "triton": _triton_module, "flash": _flash_module}
+    return modules[chosen](operation)
 
 
 def _automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -109,20 +117,24 @@ def _check_triton(operation: str, device: torch.device, dtype: torch.dtype) -> N
 @functools.cache
 def _cpu_module(operation: str) -> ModuleType:
     try:
-        from fdfast.cpu import policy_head, topk_head
+        return importlib.import_module(f"fdfast.cpu.{operation}")
     except ImportError as error:
         raise MachineError(
             f"{operation}: the C++ extension fdfast._cpu is not built ({error}); run `pip install "
             f"-e .` in the "
             "repository, or take backend='reference'"
         ) from error
-    return {"policy_head": policy_head, "topk_head": topk_head}[operation]
+
+
+@functools.cache
+def _flash_module(_operation: str) -> ModuleType:
+    return importlib.import_module("fdfast.flash")
 
 
 @functools.cache
 def _triton_module(operation: str) -> ModuleType:
     try:
-        from fdfast.kernels import launch, policy_head, topk_head
+        from fdfast.kernels import launch
     except ImportError as error:
         raise MachineError(
             f"{operation}: triton cannot be imported ({error}); run `pip install triton`, or take "
@@ -133,7 +145,7 @@ def _triton_module(operation: str) -> ModuleType:
             f"{operation}: TRITON_INTERPRET=1 was set after fdfast.kernels was imported; set it "
             "before Python starts"
         )
-    return {"policy_head": policy_head, "topk_head": topk_head}[operation]
+    return importlib.import_module(f"fdfast.kernels.{operation}")
 
 
 @functools.cache

@@ -225,3 +225,27 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
             f"got num_samples={num_samples}, num_correct={num_correct}, k={k}"
         )
     return 1.0 - comb(num_samples - num_correct, k) / comb(num_samples, k)
+
+
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_end: Tensor,
+    position_ids: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """Softmax over a dense mask; see `fdfast.prefix_attention`. A window of 0 is none."""
+    token = torch.arange(len(kv_end), device=kv_end.device)
+    sees = (token <= token.unsqueeze(1)) & (token.unsqueeze(1) < kv_end)
+    if window:
+        sees &= position_ids.unsqueeze(1) - position_ids < window
+    dtype = statistics_dtype(query)
+    T, H, E = query.shape
+    K = key.shape[1]
+    q = query.to(dtype).transpose(0, 1).reshape(K, H // K, T, E)
+    k, v = (x.to(dtype).transpose(0, 1).unsqueeze(1) for x in (key, value))
+    logits = (q @ k.mT * scale).masked_fill(~sees, -torch.inf)
+    out: Tensor = logits.softmax(-1) @ v
+    return out.flatten(0, 1).transpose(0, 1).to(query.dtype)
