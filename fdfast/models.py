@@ -1,6 +1,6 @@
 """Hugging Face causal language models: loading them, their hidden states and their LM head.
 
-Legend: B sequences, L positions, D hidden, V vocabulary.
+Legend: M targets, T tokens, D hidden, V vocabulary.
 """
 
 import importlib.util
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from fdfast.errors import InputError, MachineError
 from fdfast.files import build_once, cache_dir
+from fdfast.model_attention import Pass, last_hidden
+from fdfast.packing import PrefixTree
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"
 DEMO_GGUF = f"{DEMO_MODEL}.Q4_1.gguf"
@@ -192,17 +194,25 @@ def lm_head(model: Any) -> HeadWeights:
     return HeadWeights(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None))
 
 
-def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The last hidden states (B, L, D), what the LM head reads; logits are not made.
+def hidden_states(model: Any, tree: PrefixTree, *, backend: str = "auto") -> Tensor:
+    """The last hidden states (M, D) that predict the tree's targets, in their order: what the LM
+    head reads. Logits are not made. Differentiable, with and without gradient checkpointing.
+
+    Each token of the tree passes through the model once, whatever shares it; the result is that of
+    the sequences alone. While it runs, no other thread may use the model.
 
     Args:
-        model: a causal LM.
-        input_ids: (B, L) int64, padded on the right.
-        attention_mask: (B, L), 1 at real tokens.
+        model: a causal LM of transformers, peft's wrapper included.
+        tree: M targets, on the model's device.
+        backend: of `prefix_attention`.
+
+    Raises:
+        InputError: the model's attention is none that a pack can go through: layers with a state
+            (linear attention), dropout, softcap or sinks in attention, a mask of its own.
     """
-    base = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    output = base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return output.last_hidden_state  # type: ignore[no-any-return]
+    run = Pass(tree, backend)
+    hidden_TD = last_hidden(model, run, tree.input_ids, tree.position_ids)
+    return hidden_TD.index_select(0, tree.logits_index)
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:

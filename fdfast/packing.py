@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,29 +126,27 @@ def fill_packs(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
 class _Node:
     parent: int
     start: int  # position of its first token
-    ids: np.ndarray
+    ids: Tensor
 
 
-def _arrays(sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+def _arrays(sequences: Sequence[Sequence[int]]) -> list[Tensor]:
     if not len(sequences):
         raise ValueError("PrefixTree: sequences must hold at least one; got none")
-    arrays = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
+    arrays = [torch.as_tensor(sequence, dtype=torch.int64) for sequence in sequences]
     for number, array in enumerate(arrays):
-        if array.ndim != 1 or not len(array):
+        if array.dim() != 1 or not len(array):
             raise ValueError(
                 f"PrefixTree: a sequence is a list of at least one token id; got shape "
-                f"{array.shape} at {number}"
+                f"{tuple(array.shape)} at {number}"
             )
     return arrays
 
 
-def _masks(
-    arrays: list[np.ndarray], train_mask: Sequence[Sequence[bool]] | None
-) -> list[np.ndarray]:
+def _masks(arrays: list[Tensor], train_mask: Sequence[Sequence[bool]] | None) -> list[Tensor]:
     if train_mask is None:
-        masks = [np.ones(len(array), dtype=bool) for array in arrays]
+        masks = [torch.ones(len(array), dtype=torch.bool) for array in arrays]
     else:
-        masks = [np.array(mask, dtype=bool) for mask in train_mask]
+        masks = [torch.tensor(mask, dtype=torch.bool) for mask in train_mask]
         if [len(mask) for mask in masks] != [len(array) for array in arrays]:
             raise ValueError(
                 "PrefixTree: train_mask must hold a flag for each token; got lengths "
@@ -160,7 +157,7 @@ def _masks(
     return masks
 
 
-def _shared(arrays: list[np.ndarray], min_share: int) -> tuple[list[_Node], list[list[int]]]:
+def _shared(arrays: list[Tensor], min_share: int) -> tuple[list[_Node], list[list[int]]]:
     """The nodes in depth-first order, and the nodes of each sequence's path.
 
     A run is shared where at least `min_share` tokens below the run before it are; siblings stand in
@@ -190,41 +187,40 @@ def _shared(arrays: list[np.ndarray], min_share: int) -> tuple[list[_Node], list
     return nodes, paths
 
 
-def _common(left: np.ndarray, right: np.ndarray) -> int:
+def _common(left: Tensor, right: Tensor) -> int:
     """How many tokens two sequences share from the beginning."""
     length = min(len(left), len(right))
-    differ = np.flatnonzero(left[:length] != right[:length])
+    differ = (left[:length] != right[:length]).nonzero()
     return int(differ[0]) if len(differ) else length
 
 
 def _assemble(
     nodes: list[_Node],
     paths: list[list[int]],
-    arrays: list[np.ndarray],
-    masks: list[np.ndarray],
+    arrays: list[Tensor],
+    masks: list[Tensor],
     apart: int,
 ) -> PrefixTree:
-    bounds = np.cumsum([0, *(len(node.ids) for node in nodes)])
-    ends = bounds[1:].copy()  # of each node's subtree
+    lengths = torch.tensor([len(node.ids) for node in nodes])
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    starts = bounds.tolist()
+    ends = starts[1:]  # of each node's subtree
     for number in range(len(nodes) - 1, -1, -1):
         if (parent := nodes[number].parent) >= 0:
             ends[parent] = max(ends[parent], ends[number])
-    lengths = np.diff(bounds)
-    starts = np.array([node.start for node in nodes])
-    positions = np.arange(bounds[-1]) + np.repeat(starts - bounds[:-1], lengths)
+    shifts = torch.tensor([node.start for node in nodes]) - bounds[:-1]
     rows, targets = [], []
     for path, array, mask in zip(paths, arrays, masks, strict=True):
-        places = np.concatenate([np.arange(bounds[n], bounds[n + 1]) for n in path])
-        (trained,) = np.nonzero(mask)
-        rows.append(places[trained - 1])
-        targets.append(array[trained])
+        places = torch.cat([torch.arange(starts[n], starts[n + 1]) for n in path])
+        rows.append(places[:-1][mask[1:]])
+        targets.append(array[mask])
     return PrefixTree(
-        input_ids=torch.from_numpy(np.concatenate([node.ids for node in nodes])),
-        position_ids=torch.from_numpy(positions),
-        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+        input_ids=torch.cat([node.ids for node in nodes]),
+        position_ids=torch.arange(starts[-1]) + shifts.repeat_interleave(lengths),
+        cu_seqlens=bounds.int(),
         parent=torch.tensor([node.parent for node in nodes], dtype=torch.int32),
-        kv_end=torch.from_numpy(np.repeat(ends, lengths).astype(np.int32)),
-        logits_index=torch.from_numpy(np.concatenate(rows)),
-        target_ids=torch.from_numpy(np.concatenate(targets)),
+        kv_end=torch.tensor(ends, dtype=torch.int32).repeat_interleave(lengths),
+        logits_index=torch.cat(rows),
+        target_ids=torch.cat(targets),
         num_tokens_apart=apart,
     )

@@ -71,7 +71,7 @@ def test_without_feedback_and_without_a_step_the_divergence_is_exactly_zero(tiny
     assert rows[0]["grad_norm"] == 0.0
 
 
-def test_hidden_states_of_a_padded_batch_are_those_of_each_attempt_alone(tiny):
+def test_hidden_states_of_a_pack_are_those_of_each_attempt_alone(tiny):
     model, tokenizer = load_model(tiny)
     prompts = [tokenizer(t).input_ids for t in ("Why is the sky blue?", "x")]
     completions = [[5, 6, 7], [8, 9, 10, 11, 12, 13]]

@@ -1,7 +1,7 @@
 """From attempts to tensors: the student's and the teacher's sequences, token for token the same
 completions.
 
-Legend: B attempts, L positions, T trained tokens of all attempts, D hidden.
+Legend: B attempts, T trained tokens of all attempts, D hidden.
 """
 
 import re
@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fdfast.data.problems import Problem
 from fdfast.errors import InputError
 from fdfast.models import hidden_states
+from fdfast.packing import PrefixTree
 from fdfast.rollout import Completion
 from fdfast.trainer.config import TrainConfig
 
@@ -94,6 +94,20 @@ class Prompts:
         return ids
 
 
+def completion_tree(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> PrefixTree:
+    """The pack of prompts with their completions; its targets are the completions' tokens.
+
+    Args:
+        prompts: token ids, B lists, none empty.
+        completions: token ids, B lists.
+    """
+    sequences = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
+    masks = [[False] * len(p) + [True] * len(c) for p, c in zip(prompts, completions, strict=True)]
+    return PrefixTree.from_sequences(sequences, masks)
+
+
 def completion_hidden(
     model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
 ) -> Tensor:
@@ -104,18 +118,5 @@ def completion_hidden(
         prompts: token ids, B lists, none empty.
         completions: token ids, B lists; together T.
     """
-    lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-    L = max(lengths)
     device = next(model.parameters()).device
-    ids_BL = torch.zeros(len(prompts), L, dtype=torch.int64, device=device)
-    mask_BL = torch.zeros_like(ids_BL)
-    reads: list[
-        Tensor
-    ] = []  # positions that predict: from the prompt's last token to the one before the end
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        ids_BL[row, : lengths[row]] = torch.tensor([*prompt, *completion], device=device)
-        mask_BL[row, : lengths[row]] = 1
-        start = row * L + len(prompt) - 1
-        reads.append(torch.arange(start, start + len(completion), device=device))
-    hidden_BLD = hidden_states(model, ids_BL, mask_BL)
-    return hidden_BLD.flatten(0, 1).index_select(0, torch.cat(reads))
+    return hidden_states(model, completion_tree(prompts, completions).to(device))
