@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import render, replio_cases, replio_report
+from benchmarks import prefix_cases, prefix_report, render, replio_cases, replio_report
 from benchmarks.cases import DEVICES
 from benchmarks.data import make_inputs
 from benchmarks.shapes import SMOLLM2_135M
@@ -171,6 +171,16 @@ SUITES = {
         targets=TARGETS,
         headings=render.COLUMNS,
         results_path=render.results_path,
+    ),
+    "prefix_attention": Suite(
+        file="benchmarks/bench_prefix_attention.py",
+        devices=("cpu",),
+        check_machine=lambda device: None,
+        tests={},
+        summarize=prefix_report.summarize,
+        targets=prefix_cases.TARGETS,
+        headings=prefix_report.COLUMNS,
+        results_path=prefix_report.results_path,
     ),
     "replio": Suite(
         file="benchmarks/bench_replio.py",

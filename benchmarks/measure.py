@@ -139,12 +139,13 @@ def peak_mib(case: Case, contender: Contender) -> float:
         return (torch.cuda.max_memory_allocated() - before - gradient_bytes) / MIB
     ctypes.CDLL(None).malloc_trim(0)  # what is free but kept would hide as much of the pass
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     contender.run(x)
-    return (_status_bytes("VmHWM") - before - gradient_bytes) / MIB
+    return (status_bytes("VmHWM") - before - gradient_bytes) / MIB
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """A size that the kernel keeps of this process, such as VmRSS."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 

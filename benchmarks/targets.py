@@ -67,6 +67,9 @@ FIELDS = {
     "cpu": ("cpu_s",),
     "wall": ("wall_s",),
     "growth": ("grown_mib",),
+    # Of a saving: the limit divided by what was saved.
+    "time over limit": ("time_over_limit",),
+    "memory over limit": ("memory_over_limit",),
 }
 
 
