@@ -109,6 +109,13 @@ def gradients(model, hidden, targets):
     return logprobs.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
+def checkpoint_gradients(model, *, reentrant):
+    """By the name that this transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+
+
 def assert_alike(seen, truth, tolerance):
     scale = max(float(truth.abs().max()), 1e-3)
     assert float((seen - truth).abs().max()) <= tolerance * scale
@@ -139,9 +146,7 @@ def test_hidden_states_and_every_gradient_are_those_of_separate_runs(kind):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_of_both_kinds(reentrant):
     model = model_of("qwen3")
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    enable = enable or model.gradient_checkpointing_enable
-    enable({"use_reentrant": reentrant})
+    checkpoint_gradients(model, reentrant=reentrant)
     assert_exact(model, *group(), 1e-11)
 
 
