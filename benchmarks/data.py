@@ -22,8 +22,8 @@ from fdfast import TeacherHidden, policy_head
 from fdfast.data import base_theorems_path
 from fdfast.data.jsonl import Theorem, read_theorems
 from fdfast.files import build_once, cache_dir
-from fdfast.models import DEMO_GGUF, fetch_demo_model, load_model
-from fdfast.trainer.batch import completion_hidden
+from fdfast.models import DEMO_GGUF, fetch_demo_model, hidden_states, load_model
+from fdfast.trainer.batch import completion_tree
 
 Inputs = dict[str, Tensor]
 
@@ -181,7 +181,7 @@ def _build_real(folder: Path) -> None:
         with torch.no_grad():
             for name, feedback in (("hidden", ""), ("teacher", FEEDBACK)):
                 prompts = [prompt(t, feedback) for t in some]
-                made[name].append(completion_hidden(model, prompts, answers))
+                made[name].append(hidden_states(model, completion_tree(prompts, answers)))
         made["targets"].append(torch.tensor([i for answer in answers for i in answer]))
     tensors = {name: torch.cat(parts)[: SMOLLM2_135M.N].clone() for name, parts in made.items()}
     save_file(tensors, folder / "pair.safetensors")

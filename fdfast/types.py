@@ -3,6 +3,7 @@
 Legend: ... any leading shape (the same for all), N tokens, D hidden, V vocabulary, K top-k.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +32,10 @@ class TeacherHidden:
     bias: Tensor | None = None
     temperature: float = 1.0
 
+    def rows(self, index: Tensor) -> "TeacherHidden":
+        """The teacher of some of the tokens: of hidden[index]."""
+        return dataclasses.replace(self, hidden=self.hidden[index])
+
 
 @dataclass(frozen=True)
 class TeacherTopK:
@@ -43,6 +48,10 @@ class TeacherTopK:
 
     ids: Tensor
     logprobs: Tensor
+
+    def rows(self, index: Tensor) -> "TeacherTopK":
+        """The teacher of some of the tokens: of ids[index]."""
+        return TeacherTopK(self.ids[index], self.logprobs[index])
 
 
 class TopK(NamedTuple):

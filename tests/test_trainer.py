@@ -13,10 +13,10 @@ import torch
 
 from fdfast.data.problems import Problem, questions_path
 from fdfast.errors import InputError, MachineError
-from fdfast.models import load_model
+from fdfast.models import hidden_states, load_model
 from fdfast.rollout import HFEngine
 from fdfast.trainer import TrainConfig, checkpoint, loop, train
-from fdfast.trainer.batch import Prompts, completion_hidden
+from fdfast.trainer.batch import Prompts, completion_tree
 from fdfast.trainer.checkpoint import checkpoints
 from fdfast.trainer.config import make_config
 from fdfast.trainer.metrics import MetricsLog, read_jsonl
@@ -39,7 +39,7 @@ def settings(tiny, folder, **values) -> TrainConfig:
         "feedback": "constant",
         "feedback_text": "Be concise.",
         "prompts_per_step": 3,
-        "per_device_train_batch_size": 2,
+        "max_pass_tokens": 120,
         "max_completion_length": 8,
         "teacher_top_k": 0,
         "teacher_ema_every": 2,
@@ -76,12 +76,24 @@ def test_hidden_states_of_a_pack_are_those_of_each_attempt_alone(tiny):
     prompts = [tokenizer(t).input_ids for t in ("Why is the sky blue?", "x")]
     completions = [[5, 6, 7], [8, 9, 10, 11, 12, 13]]
     with torch.no_grad():
-        together = completion_hidden(model, prompts, completions)
+        together = hidden_states(model, completion_tree(prompts, completions))
         alone = [
             model.model(torch.tensor([p + c])).last_hidden_state[0, len(p) - 1 : -1]
             for p, c in zip(prompts, completions, strict=True)
         ]
     torch.testing.assert_close(together, torch.cat(alone))
+
+
+def test_packs_and_streams_of_any_size_are_the_same_step(tiny, tmp_path):
+    rows = {}
+    for budget in (1, 150, 16384):
+        config = settings(
+            tiny, tmp_path / str(budget), max_steps=1, num_generations=3, max_pass_tokens=budget
+        )
+        (row, *_) = train(config, quiet=True)
+        rows[budget] = {name: row[name] for name in ("loss", "kl", "entropy", "grad_norm")}
+    assert rows[1] == pytest.approx(rows[16384], rel=1e-4)
+    assert rows[150] == pytest.approx(rows[16384], rel=1e-4)
 
 
 def test_a_step_is_the_papers_loss_and_gradient_written_out(tiny, tmp_path):

@@ -1,7 +1,7 @@
-"""From attempts to tensors: the student's and the teacher's sequences, token for token the same
+"""From attempts to packs: the student's and the teacher's sequences, token for token the same
 completions.
 
-Legend: B attempts, T trained tokens of all attempts, D hidden.
+Legend: B attempts.
 """
 
 import re
@@ -9,11 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from fdfast.data.problems import Problem
 from fdfast.errors import InputError
-from fdfast.models import hidden_states
 from fdfast.packing import PrefixTree
 from fdfast.rollout import Completion
 from fdfast.trainer.config import TrainConfig
@@ -106,17 +103,3 @@ def completion_tree(
     sequences = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
     masks = [[False] * len(p) + [True] * len(c) for p, c in zip(prompts, completions, strict=True)]
     return PrefixTree.from_sequences(sequences, masks)
-
-
-def completion_hidden(
-    model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
-) -> Tensor:
-    """Hidden states that predict each completion token, (T, D), attempt after attempt.
-
-    Args:
-        model: a causal LM.
-        prompts: token ids, B lists, none empty.
-        completions: token ids, B lists; together T.
-    """
-    device = next(model.parameters()).device
-    return hidden_states(model, completion_tree(prompts, completions).to(device))

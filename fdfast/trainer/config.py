@@ -75,7 +75,8 @@ class TrainConfig:
         lr_scheduler_type: constant_with_warmup or linear (to 0 at max_steps).
         warmup_steps: linear warm-up.
         max_steps: optimizer steps.
-        per_device_train_batch_size: attempts in one forward pass; the step adds them up.
+        max_pass_tokens: of one forward pass. Attempts are packed, with what they share once, into
+            as few passes as this allows; a problem whose attempts are more is streamed.
         adam_beta1: AdamW.
         adam_beta2: AdamW.
         adam_epsilon: AdamW.
@@ -141,7 +142,7 @@ class TrainConfig:
     lr_scheduler_type: Literal["constant_with_warmup", "linear"] = "constant_with_warmup"
     warmup_steps: int = 50
     max_steps: int = 200
-    per_device_train_batch_size: int = 8
+    max_pass_tokens: int = 16384
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
@@ -238,7 +239,7 @@ _AT_LEAST_ONE = (
     "lean_workers",
     "teacher_ema_every",
     "max_steps",
-    "per_device_train_batch_size",
+    "max_pass_tokens",
 )
 _NOT_NEGATIVE = (
     "top_k",

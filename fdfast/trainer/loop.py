@@ -24,8 +24,7 @@ from fdfast.losses import FeedbackDistillationLoss
 from fdfast.models import HeadWeights, lm_head, load_model
 from fdfast.rollout import HFEngine, SamplingOptions
 from fdfast.teacher import EMATeacher
-from fdfast.topk_head import topk_head
-from fdfast.trainer.batch import Attempt, Prompts, completion_hidden
+from fdfast.trainer.batch import Attempt, Prompts
 from fdfast.trainer.checkpoint import (
     TrainState,
     check_settings,
@@ -37,8 +36,8 @@ from fdfast.trainer.checkpoint import (
 from fdfast.trainer.config import TrainConfig
 from fdfast.trainer.master import MasterWeights
 from fdfast.trainer.metrics import Clock, MetricsLog, read_jsonl, records, step_line, summary
+from fdfast.trainer.scoring import Scorer
 from fdfast.trainer.screen import Screen
-from fdfast.types import TeacherHidden, TeacherTopK
 
 
 def train(
@@ -85,7 +84,9 @@ def train(
             engine=HFEngine(state.model, state.tokenizer, batch_size=config.generation_batch_size),
             lean=lean,
             prompts=prompts,
-            loss_fn=_loss(config, lm_head(state.model)),
+            scorer=Scorer(
+                config, state.model, state.teacher.model, _loss(config, lm_head(state.model))
+            ),
             log=MetricsLog(folder, step=state.step),
             screen=screen,
         )
@@ -139,7 +140,7 @@ class _Run:
     engine: HFEngine
     lean: LeanPool | None
     prompts: Prompts
-    loss_fn: FeedbackDistillationLoss
+    scorer: Scorer
     log: MetricsLog
     screen: Screen
 
@@ -187,7 +188,7 @@ def _evaluate(run: _Run) -> None:
     verdicts = _verify(attempts, run.lean)
     attempts = _with_feedback(run, attempts, verdicts)
     with torch.no_grad():
-        metrics = _score(run, attempts, backward=False)
+        metrics = run.scorer.score(attempts, backward=False)
     metrics |= summary(attempts, verdicts, num_generations)
     step = run.state.step
     run.log.write_evaluation(step, metrics, records(attempts, verdicts, step))
@@ -341,54 +342,7 @@ def _gradients(run: _Run, attempts: list[Attempt]) -> dict[str, float]:
     torch.manual_seed(_seed(run.config, run.state.step))  # of dropout, where a model has it
     run.state.model.train()
     run.state.optimizer.zero_grad(set_to_none=True)
-    return _score(run, attempts, backward=True)
-
-
-def _score(run: _Run, attempts: list[Attempt], *, backward: bool) -> dict[str, float]:
-    """The loss over micro-batches, normalised by the trained tokens of all of them; means of its
-    metrics.
-    """
-    model, teacher = run.state.model, run.state.teacher.model
-    num_tokens = sum(len(a.completion.ids) for a in attempts)
-    totals: dict[str, float] = {}
-    for start in range(0, len(attempts), run.config.per_device_train_batch_size):
-        batch = attempts[start : start + run.config.per_device_train_batch_size]
-        completions = [a.completion.ids for a in batch]
-        with torch.no_grad():
-            teacher_TD = completion_hidden(
-                teacher, [a.teacher_prompt_ids for a in batch], completions
-            )
-            evidence = _evidence(teacher_TD, lm_head(teacher), run.config)
-        hidden_TD = completion_hidden(model, [a.prompt_ids for a in batch], completions)
-        head = lm_head(model)
-        targets_T = torch.tensor([i for c in completions for i in c], device=hidden_TD.device)
-        output = run.loss_fn(
-            hidden_TD, head.weight, targets_T, evidence, bias=head.bias, num_tokens=num_tokens
-        )
-        if backward:
-            output.loss.backward()
-        for name, value in output.metrics.items():
-            share = 1.0 if name in ("loss", "num_tokens") else len(targets_T) / num_tokens
-            totals[name] = totals.get(name, 0.0) + share * float(value)
-    return totals
-
-
-def _evidence(
-    hidden_TD: torch.Tensor, head: HeadWeights, config: TrainConfig
-) -> TeacherHidden | TeacherTopK:
-    if not config.teacher_top_k:
-        return TeacherHidden(hidden_TD, head.weight, head.bias, config.loss_temperature)
-    top = topk_head(
-        hidden_TD,
-        head.weight,
-        config.teacher_top_k,
-        bias=head.bias,
-        temperature=config.loss_temperature,
-        logit_softcap=head.logit_softcap,
-        workspace_mb=config.workspace_mb,
-        backend=config.backend,
-    )
-    return TeacherTopK(top.ids, top.logprobs)
+    return run.scorer.score(attempts, backward=True)
 
 
 def _learning_rate(config: TrainConfig, step: int) -> float:
