@@ -46,7 +46,7 @@ class _Kept(NamedTuple):
     versions: tuple[int, int]
 
 
-_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_kept: Any = WeakTensorKeyDictionary()  # kv_end -> dict of its lists
 
 
 def forward(
@@ -153,7 +153,7 @@ def tile_for(kind: str, q: Tensor) -> AttentionTile:
 
 def block_d(D: int) -> int:
     """A head size as the kernels compute with it."""
-    return max(triton.next_power_of_2(D), MIN_BLOCK_D)
+    return max(1 << (D - 1).bit_length(), MIN_BLOCK_D)
 
 
 # Kernels' names of the tensors' strides.
@@ -239,7 +239,7 @@ def tile_lists(
     """
     seen = None if sliding_window is None else position_ids
     versions = (_version(kv_end), 0 if seen is None else _version(seen))
-    of_tree = _kept.setdefault(kv_end, {})
+    of_tree: dict[Any, _Kept] = _kept.setdefault(kv_end, {})
     key = (tile.block_q, tile.block_k, sliding_window, by_key)
     kept = of_tree.get(key)
     if kept is None or kept.position_ids is not seen or kept.versions != versions:
