@@ -237,6 +237,8 @@ def tile_lists(
         sliding_window: or None.
         by_key: tiles of queries for each tile of keys.
     """
+    assert kv_end.dtype == torch.int32
+    assert kv_end.is_contiguous()
     seen = None if sliding_window is None else position_ids
     versions = (_version(kv_end), 0 if seen is None else _version(seen))
     of_tree: dict[Any, _Kept] = _kept.setdefault(kv_end, {})

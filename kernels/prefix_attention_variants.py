@@ -36,8 +36,19 @@ class AttentionCase:
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# A head size that is no power of two, with a window: every mask there is.
-SHAPES = ((16, False), (32, False), (64, False), (96, True), (128, False), (256, False))
+# Every width that the kernels compute with, of head sizes that are powers of two; and with a window
+# those that are not, where there is every mask.
+SHAPES = (
+    (16, False),
+    (24, True),
+    (32, False),
+    (48, True),
+    (64, False),
+    (96, True),
+    (128, False),
+    (192, True),
+    (256, False),
+)
 
 
 def cases(
