@@ -16,14 +16,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fdfast.kernels import launch, prefix_attention_tiles, tiles
+from fdfast.kernels import launch, tiles
 from fdfast.kernels.prefix_attention_kernels import (
     LOG2_E,
     _dkv_kernel,
     _dq_kernel,
     _forward_kernel,
 )
-from fdfast.kernels.prefix_attention_tiles import AttentionTile
+from fdfast.kernels.prefix_attention_tiles import TABLES, AttentionTile, Key
 
 MIN_BLOCK_D = 16  # tl.dot takes no less
 _DOT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -80,7 +80,7 @@ def forward(
     if T == 0:
         return out, lse
     with launch.on_device(q):
-        tile = tile_for("forward", q)
+        tile = tile_for("forward", q, sliding_window)
         lists = tile_lists(kv_end, position_ids, tile, sliding_window)
         _forward_kernel[(triton.cdiv(T, tile.block_q) * H,)](
             **launch.only(
@@ -132,7 +132,7 @@ def backward(
     rows = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "dq": dq, "dk": dk, "dv": dv}
     with launch.on_device(q):
         for kind, kernel in (("dq", _dq_kernel), ("dkv", _dkv_kernel)):
-            tile = tile_for(kind, q)
+            tile = tile_for(kind, q, sliding_window)
             by_key = kind == "dkv"
             lists = tile_lists(kv_end, position_ids, tile, sliding_window, by_key=by_key)
             programs = (
@@ -143,12 +143,18 @@ def backward(
     return dq, dk, dv
 
 
-def tile_for(kind: str, q: Tensor) -> AttentionTile:
+def tile_for(kind: str, q: Tensor, sliding_window: int | None) -> AttentionTile:
     """The row of the tile table for a kernel of these inputs."""
     name = "interpret"
     if not launch.INTERPRETING:
         name = tiles.table_name(torch.cuda.get_device_capability(q.device))
-    return prefix_attention_tiles.TABLES[name][kind, q.dtype.itemsize, block_d(q.shape[2])]
+    return TABLES[name][key_of(kind, q.dtype, q.shape[2], sliding_window)]
+
+
+def key_of(kind: str, dtype: torch.dtype, D: int, sliding_window: int | None) -> Key:
+    """Which row that is."""
+    masks = sliding_window is not None or block_d(D) != D
+    return Key(kind, dtype.itemsize, block_d(D), masks)
 
 
 def block_d(D: int) -> int:

@@ -4,11 +4,11 @@
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fdfast.kernels import tiles
 
 KINDS = ("forward", "dq", "dkv")
-BLOCK_DS = (16, 32, 64, 128, 256)  # head sizes, rounded up
 
 
 @dataclass(frozen=True)
@@ -28,40 +28,78 @@ class AttentionTile:
     num_stages: int
 
 
-Key = tuple[str, int, int]  # kind, bytes of an element, block_d
+class Key(NamedTuple):
+    """A row of the tables.
+
+    Attributes:
+        kind: in KINDS.
+        size: bytes of an element.
+        block_d: the head size, rounded up.
+        masks: whether there is a window, or a head size that is no power of two: they cost
+            registers.
+    """
+
+    kind: str
+    size: int
+    block_d: int
+    masks: bool
 
 
-def _all(small: dict[tuple[str, int], AttentionTile]) -> dict[Key, AttentionTile]:
-    """The rows of head sizes up to 64, from one row a kind and element size."""
-    return {(*key, block_d): tile for key, tile in small.items() for block_d in (16, 32, 64)}
+Rows = dict[Key, AttentionTile]
 
 
-SM_80: dict[Key, AttentionTile] = {
-    **_all(
-        {
-            ("forward", 2): AttentionTile(128, 64, 4, 3),
-            ("dq", 2): AttentionTile(64, 64, 4, 2),
-            ("dkv", 2): AttentionTile(64, 64, 4, 2),
-            ("forward", 4): AttentionTile(32, 32, 4, 2),
-            ("dq", 4): AttentionTile(32, 32, 4, 2),
-            ("dkv", 4): AttentionTile(32, 32, 4, 2),
-        }
-    ),
-    ("forward", 2, 128): AttentionTile(128, 64, 8, 2),
-    ("dq", 2, 128): AttentionTile(64, 64, 8, 2),
-    ("dkv", 2, 128): AttentionTile(64, 64, 8, 2),
-    ("forward", 2, 256): AttentionTile(64, 32, 8, 2),
-    ("dq", 2, 256): AttentionTile(64, 32, 8, 2),
-    ("dkv", 2, 256): AttentionTile(32, 64, 8, 2),
-    ("forward", 4, 128): AttentionTile(32, 32, 4, 2),
-    ("dq", 4, 128): AttentionTile(32, 32, 8, 2),
-    ("dkv", 4, 128): AttentionTile(32, 32, 8, 2),
-    ("forward", 4, 256): AttentionTile(32, 16, 8, 2),
-    ("dq", 4, 256): AttentionTile(32, 16, 8, 2),
-    ("dkv", 4, 256): AttentionTile(16, 32, 8, 2),
-}
-SM_90 = {**SM_80}
-SM_100 = {**SM_90}
+def _rows(
+    kind: str, size: int, block_ds: tuple[int, ...], tile: AttentionTile, masked: AttentionTile
+) -> Rows:
+    """The rows of a kernel for these widths, without masks and with them."""
+    chosen = {False: tile, True: masked}
+    return {Key(kind, size, d, masks): chosen[masks] for d in block_ds for masks in chosen}
+
+
+def _table(*rows: Rows) -> Rows:
+    """One table; the later of two rows counts."""
+    return {key: tile for some in rows for key, tile in some.items()}
+
+
+_SMALL = (16, 32, 64)
+_16_WIDE = AttentionTile(32, 16, 8, 2)  # of float32, whose products take no tensor cores
+
+SM_80 = _table(
+    _rows("forward", 2, _SMALL, AttentionTile(128, 64, 4, 3), AttentionTile(64, 64, 4, 2)),
+    _rows("dq", 2, _SMALL, AttentionTile(64, 64, 4, 2), AttentionTile(64, 64, 4, 2)),
+    _rows("dkv", 2, _SMALL, AttentionTile(64, 128, 8, 2), AttentionTile(32, 64, 4, 2)),
+    _rows("forward", 2, (128,), AttentionTile(128, 64, 8, 2), AttentionTile(64, 64, 8, 2)),
+    _rows("dq", 2, (128,), AttentionTile(64, 64, 8, 2), AttentionTile(64, 64, 8, 2)),
+    _rows("dkv", 2, (128,), AttentionTile(64, 64, 8, 2), AttentionTile(32, 64, 8, 2)),
+    _rows("forward", 2, (256,), AttentionTile(64, 32, 8, 2), AttentionTile(64, 32, 8, 2)),
+    _rows("dq", 2, (256,), AttentionTile(64, 32, 8, 2), AttentionTile(64, 32, 8, 2)),
+    _rows("dkv", 2, (256,), AttentionTile(32, 32, 8, 2), AttentionTile(32, 32, 8, 2)),
+    _rows("forward", 4, _SMALL, AttentionTile(64, 32, 8, 2), AttentionTile(64, 32, 8, 2)),
+    _rows("dq", 4, _SMALL, AttentionTile(32, 32, 4, 2), AttentionTile(32, 32, 4, 2)),
+    _rows("dkv", 4, _SMALL, _16_WIDE, _16_WIDE),
+    *(_rows(kind, 4, (128, 256), _16_WIDE, _16_WIDE) for kind in KINDS),
+)
+SM_90 = _table(
+    SM_80,
+    _rows("forward", 2, _SMALL, AttentionTile(128, 64, 4, 3), AttentionTile(128, 64, 4, 3)),
+    _rows("dq", 2, _SMALL, AttentionTile(64, 64, 4, 2), AttentionTile(64, 64, 4, 2)),
+    _rows("dkv", 2, _SMALL, AttentionTile(64, 64, 4, 2), AttentionTile(64, 64, 4, 2)),
+    _rows("forward", 2, (128,), AttentionTile(128, 128, 8, 2), AttentionTile(128, 128, 8, 2)),
+    _rows("dq", 2, (128,), AttentionTile(128, 64, 8, 2), AttentionTile(128, 64, 8, 2)),
+    _rows("dkv", 2, (128,), AttentionTile(64, 64, 8, 2), AttentionTile(32, 128, 8, 2)),
+    _rows("forward", 2, (256,), AttentionTile(128, 64, 8, 2), AttentionTile(128, 64, 8, 2)),
+    _rows("dq", 2, (256,), AttentionTile(128, 32, 8, 2), AttentionTile(128, 32, 8, 2)),
+    _rows("forward", 4, _SMALL, AttentionTile(32, 32, 8, 2), AttentionTile(32, 32, 8, 2)),
+    _rows("dkv", 4, _SMALL, AttentionTile(32, 32, 8, 2), AttentionTile(32, 32, 8, 2)),
+)
+SM_100 = _table(
+    SM_90,
+    _rows("dq", 2, (64,), AttentionTile(128, 64, 8, 2), AttentionTile(128, 64, 8, 2)),
+    _rows("dkv", 2, (64,), AttentionTile(64, 128, 8, 2), AttentionTile(64, 128, 8, 2)),
+    _rows("forward", 2, (128,), AttentionTile(128, 64, 8, 2), AttentionTile(128, 64, 8, 2)),
+    _rows("dkv", 2, (128,), AttentionTile(64, 64, 8, 2), AttentionTile(64, 64, 8, 2)),
+    _rows("forward", 2, (256,), AttentionTile(128, 32, 8, 2), AttentionTile(128, 32, 8, 2)),
+)
 
 # The interpreter's cost follows the number of operations, so its tiles are large.
 INTERPRET = {key: AttentionTile(64, 64, 4, 1) for key in SM_80}

@@ -36,12 +36,13 @@ class AttentionCase:
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Every width that the kernels compute with, of head sizes that are powers of two; and with a window
-# those that are not, where there is every mask.
+# Every row of the tile tables, those with masks by a head size that is no power of two and a window
+# where models have such.
 SHAPES = (
     (16, False),
-    (24, True),
+    (16, True),
     (32, False),
+    (32, True),
     (48, True),
     (64, False),
     (96, True),
@@ -68,8 +69,8 @@ def variants(capability: int, wanted: tuple[AttentionCase, ...]) -> Iterator[Var
     table = prefix_attention_tiles.TABLES[f"sm_{capability}"]
     for case in wanted:
         for kind, kernel in _KERNELS.items():
-            block_d = attention.block_d(case.D)
-            tile = table[kind, case.dtype.itemsize, block_d]
+            window = WINDOW if case.window else None
+            tile = table[attention.key_of(kind, case.dtype, case.D, window)]
             blocks = -(-T // (tile.block_k if kind == "dkv" else tile.block_q))
             lists = attention.TileLists(
                 _empty(blocks + 1, dtype=torch.int32),
@@ -87,7 +88,7 @@ def variants(capability: int, wanted: tuple[AttentionCase, ...]) -> Iterator[Var
                 lists,
                 _empty(T, dtype=torch.int32),
                 case.D**-0.5,
-                WINDOW if case.window else None,
+                window,
                 **queries,
                 **keys,
             )
@@ -95,5 +96,5 @@ def variants(capability: int, wanted: tuple[AttentionCase, ...]) -> Iterator[Var
             yield dataclasses.replace(
                 _variant(f"attention {kind} {case.label}", kernel, arguments),
                 gemm=True,
-                tile=f"{tile.block_q}x{tile.block_k}x{block_d}",
+                tile=f"{tile.block_q}x{tile.block_k}x{attention.block_d(case.D)}",
             )

@@ -101,9 +101,9 @@ def test_attention_with_every_tile_fits_its_machine(capability: int, dtype: str)
     assert_fit(capability, "prefix_attention", dtype, tensor_cores=("mma", "wgmma", "tcgen05"))
     size = 4 if dtype == "float32" else 2
     wanted = {
-        f"{tile.block_q}x{tile.block_k}x{block_d}"
-        for (_, of, block_d), tile in prefix_attention_tiles.TABLES[f"sm_{capability}"].items()
-        if of == size
+        f"{tile.block_q}x{tile.block_k}x{key.block_d}"
+        for key, tile in prefix_attention_tiles.TABLES[f"sm_{capability}"].items()
+        if key.size == size
     }
     assert wanted == {row["tile"] for row in report(capability, "prefix_attention", dtype)}
 
