@@ -68,6 +68,7 @@ SM_80 = _table(
     _rows("forward", 2, _SMALL, AttentionTile(128, 64, 4, 3), AttentionTile(64, 64, 4, 2)),
     _rows("dq", 2, _SMALL, AttentionTile(64, 64, 4, 2), AttentionTile(64, 64, 4, 2)),
     _rows("dkv", 2, _SMALL, AttentionTile(64, 128, 8, 2), AttentionTile(32, 64, 4, 2)),
+    _rows("dkv", 2, (16,), AttentionTile(64, 64, 4, 2), AttentionTile(64, 64, 4, 2)),
     _rows("forward", 2, (128,), AttentionTile(128, 64, 8, 2), AttentionTile(64, 64, 8, 2)),
     _rows("dq", 2, (128,), AttentionTile(64, 64, 8, 2), AttentionTile(64, 64, 8, 2)),
     _rows("dkv", 2, (128,), AttentionTile(64, 64, 8, 2), AttentionTile(32, 64, 8, 2)),
