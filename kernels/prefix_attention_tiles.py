@@ -62,7 +62,10 @@ def _table(*rows: Rows) -> Rows:
 
 
 _SMALL = (16, 32, 64)
-_16_WIDE = AttentionTile(32, 16, 8, 2)  # of float32, whose products take no tensor cores
+# Of float32, whose products take no tensor cores and many registers.
+_SQUARE = AttentionTile(32, 32, 4, 2)
+_FEW_KEYS = AttentionTile(32, 16, 8, 2)
+_FEW_QUERIES = AttentionTile(16, 32, 8, 2)
 
 SM_80 = _table(
     _rows("forward", 2, _SMALL, AttentionTile(128, 64, 4, 3), AttentionTile(64, 64, 4, 2)),
@@ -75,10 +78,14 @@ SM_80 = _table(
     _rows("forward", 2, (256,), AttentionTile(64, 32, 8, 2), AttentionTile(64, 32, 8, 2)),
     _rows("dq", 2, (256,), AttentionTile(64, 32, 8, 2), AttentionTile(64, 32, 8, 2)),
     _rows("dkv", 2, (256,), AttentionTile(32, 32, 8, 2), AttentionTile(32, 32, 8, 2)),
-    _rows("forward", 4, _SMALL, AttentionTile(64, 32, 8, 2), AttentionTile(64, 32, 8, 2)),
-    _rows("dq", 4, _SMALL, AttentionTile(32, 32, 4, 2), AttentionTile(32, 32, 4, 2)),
-    _rows("dkv", 4, _SMALL, _16_WIDE, _16_WIDE),
-    *(_rows(kind, 4, (128, 256), _16_WIDE, _16_WIDE) for kind in KINDS),
+    _rows("forward", 4, (16, 32), _SQUARE, _SQUARE),
+    _rows("forward", 4, (64,), AttentionTile(64, 32, 8, 2), AttentionTile(64, 32, 8, 2)),
+    _rows("dq", 4, _SMALL, _SQUARE, _SQUARE),
+    _rows("dkv", 4, (16,), AttentionTile(64, 16, 8, 2), AttentionTile(64, 16, 8, 2)),
+    _rows("dkv", 4, (32, 64), _FEW_KEYS, _FEW_KEYS),
+    *(_rows(kind, 4, (128, 256), _FEW_KEYS, _FEW_KEYS) for kind in KINDS),
+    _rows("dkv", 4, (128,), _FEW_QUERIES, _FEW_QUERIES),
+    _rows("dq", 4, (256,), _FEW_QUERIES, _FEW_QUERIES),
 )
 SM_90 = _table(
     SM_80,
@@ -90,8 +97,11 @@ SM_90 = _table(
     _rows("dkv", 2, (128,), AttentionTile(64, 64, 8, 2), AttentionTile(32, 128, 8, 2)),
     _rows("forward", 2, (256,), AttentionTile(128, 64, 8, 2), AttentionTile(128, 64, 8, 2)),
     _rows("dq", 2, (256,), AttentionTile(128, 32, 8, 2), AttentionTile(128, 32, 8, 2)),
-    _rows("forward", 4, _SMALL, AttentionTile(32, 32, 8, 2), AttentionTile(32, 32, 8, 2)),
-    _rows("dkv", 4, _SMALL, AttentionTile(32, 32, 8, 2), AttentionTile(32, 32, 8, 2)),
+    _rows("forward", 4, (32, 64), AttentionTile(32, 32, 8, 2), AttentionTile(32, 32, 8, 2)),
+    _rows("dkv", 4, (32, 64), AttentionTile(32, 32, 8, 2), AttentionTile(32, 32, 8, 2)),
+    _rows("dkv", 4, (16,), _SQUARE, _SQUARE),
+    _rows("dkv", 4, (128,), _FEW_KEYS, _FEW_KEYS),
+    _rows("dq", 4, (256,), _FEW_KEYS, _FEW_KEYS),
 )
 SM_100 = _table(
     SM_90,
@@ -100,6 +110,7 @@ SM_100 = _table(
     _rows("forward", 2, (128,), AttentionTile(128, 64, 8, 2), AttentionTile(128, 64, 8, 2)),
     _rows("dkv", 2, (128,), AttentionTile(64, 64, 8, 2), AttentionTile(64, 64, 8, 2)),
     _rows("forward", 2, (256,), AttentionTile(128, 32, 8, 2), AttentionTile(128, 32, 8, 2)),
+    _rows("dq", 4, (256,), _FEW_QUERIES, _FEW_QUERIES),
 )
 
 # The interpreter's cost follows the number of operations, so its tiles are large.
