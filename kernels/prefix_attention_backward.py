@@ -1,5 +1,5 @@
-"""The backward kernels of attention over a prefix forest: dq by tiles of queries, dk and dv by tiles
-of keys, each as in prefix_attention_forward.py.
+"""The backward kernels of attention over a prefix forest: dq by tiles of queries, dk and dv by
+tiles of keys, each as in prefix_attention_forward.py.
 
 Legend: T tokens, H query heads, G key and value heads, D head size; q queries and k keys of a tile,
 d its columns (D rounded up to a power of two), S tiles in a list.
