@@ -17,12 +17,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fdfast.kernels import launch, tiles
-from fdfast.kernels.prefix_attention_kernels import (
-    LOG2_E,
-    _dkv_kernel,
-    _dq_kernel,
-    _forward_kernel,
-)
+from fdfast.kernels.prefix_attention_backward import LOG2_E, _dkv_kernel, _dq_kernel
+from fdfast.kernels.prefix_attention_forward import _forward_kernel
 from fdfast.kernels.prefix_attention_tiles import TABLES, AttentionTile, Key
 from fdfast.types import Forest
 

@@ -11,7 +11,8 @@ import torch
 from fdfast.kernels import prefix_attention as attention
 from fdfast.kernels import prefix_attention_tiles
 from fdfast.kernels.aot import Variant
-from fdfast.kernels.prefix_attention_kernels import _dkv_kernel, _dq_kernel, _forward_kernel
+from fdfast.kernels.prefix_attention_backward import _dkv_kernel, _dq_kernel
+from fdfast.kernels.prefix_attention_forward import _forward_kernel
 from fdfast.kernels.variants import _empty, _variant
 
 # Qwen3-8B's heads; an odd number of tokens makes the masked case.
