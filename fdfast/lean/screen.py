@@ -48,6 +48,10 @@ _EXECUTING_COMMANDS = """
 # What could forge a result from a file's own context: everything else there is an honest
 # definition.
 _CONTEXT = _EXECUTING | set(_EXECUTING_COMMANDS.split())
+# Names of axioms that a proof may use: no axiom of the file's own may pass for one of them.
+_AXIOM_NAMES = {"propext", "choice", "sound"}
+_AXIOM = re.compile(r"(?<![A-Za-z_])axiom(?![\w'!?])")
+_AXIOM_NAME = re.compile(r"\s*(?P<name>(?:«[^»]*»|[^\s:({\[⦃«])+)")
 # The kernel runs compiled code for constants of these names.
 _CONTEXT_TRUST = {"ofReduceBool", "ofReduceNat", "reduceBool", "reduceNat", "trustCompiler"}
 
@@ -187,4 +191,10 @@ def refuse_context(context: str) -> str:
     for word in _WORD.finditer(code):
         if word.group() in _CONTEXT or word.group().rsplit(".", 1)[-1] in _CONTEXT_TRUST:
             return f"`{word.group()}` above the theorem"
+    for axiom in _AXIOM.finditer(code):
+        # Blanked from here, since below a string `code` still has the comments.
+        name = _AXIOM_NAME.match(blank_comments(code[axiom.end() : axiom.end() + 4096])[0])
+        last = name["name"].rstrip(".").rsplit(".", 1)[-1].strip("«»") if name else ""
+        if name is None or last in _AXIOM_NAMES:
+            return f"`axiom {last}` above the theorem"
     return ""
