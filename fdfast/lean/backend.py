@@ -143,20 +143,37 @@ class FileBackend:
         """Compile the header and the text, in a folder of their own."""
         with private_folder() as folder:
             output = self._compile(run, "the statement", header + text, folder, "Statement")
+        if _above(output, header):
+            self._try_again_without_proof(run, header)
         return _below(output, header)
 
     def attempt(self, run: Run, header: str, text: str, compiled: Path) -> Output:
         """Compile the header and the text into an .olean."""
         module, folder = compiled.stem, compiled.parent
-        return _below(self._compile(run, PROOF, header + text, folder, module), header)
+        try:
+            output = self._compile(run, PROOF, header + text, folder, module)
+        except Stop as stop:
+            if stop.verdict.kind == "crashed":
+                self._try_again_without_proof(run, header)
+            raise
+        if _above(output, header):
+            self._try_again_without_proof(run, header)
+        return _below(output, header)
+
+    def _try_again_without_proof(self, run: Run, header: str) -> None:
+        """Raise MachineError where Lean, with the same imports, fails without the proof too."""
+        _WARM.discard((self._lean, imports_of(header)))
+        self.warm_up(run, header)
 
     def audit(self, run: Run, header: str, text: str, compiled: Path) -> Output:
         """Import the .olean, and nothing of the header, which it holds."""
         first = "prelude\n" if imports_of(header).startswith("prelude\n") else ""
         above = f"{first}import {compiled.stem}\n"
         output = self._compile(run, "the audit", above + text, compiled.parent, "Audit")
-        if output.failed and not compiled.is_file():
-            raise MachineError(f"lean: {compiled.parent} was emptied during a check; set TMPDIR")
+        if wrong := _above(output, above):
+            raise MachineError(
+                f"lean: the audit cannot import {compiled} ({one_line(wrong)}); set TMPDIR"
+            )
         return _below(output, above)
 
     def replay(self, run: Run, compiled: Path) -> None:
@@ -244,6 +261,12 @@ class FileBackend:
                     f"lean: the compiled base library {files[0]} is gone;"
                     " run again, which compiles it anew"
                 )
+
+
+def _above(output: Output, above: str) -> str:
+    """The first error in the lines of `above`, "" if there is none."""
+    errors = (said for said in output.said if said.severity == "error")
+    return next((said.text for said in errors if said.line <= above.count("\n")), "")
 
 
 def _below(output: Output, above: str) -> Output:
