@@ -20,6 +20,7 @@ from fdfast.files import cache_dir
 from fdfast.lean.leanfile import Piece, read_pieces
 from fdfast.lean.pool import Attempt, LeanPool
 from fdfast.lean.screen import refuse_context
+from fdfast.lean.statement import parse_statement
 from fdfast.lean.toolchain import find_lean
 from fdfast.lean.verdict import Verdict
 
@@ -147,8 +148,14 @@ def _check_lean(path: Path, pool: LeanPool) -> Iterator[tuple[str, Verdict]]:
 def _verdict(pool: LeanPool, piece: Piece, context: str) -> Verdict:
     if not piece.statement:
         return Verdict(
-            "rejected", reason="the theorem has no `:=`; write its proof as a term after one"
+            "rejected",
+            reason="the theorem has no `:=` or does not begin its line;"
+            " write its proof as a term after one",
         )
+    try:
+        parse_statement(piece.statement)
+    except InputError as error:  # such as a name in guillemets
+        return Verdict("rejected", reason=str(error))
     if reason := refuse_context(context):
         return Verdict("rejected", reason=reason)
     return pool.check(piece.statement, piece.proof, context)
