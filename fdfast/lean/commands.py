@@ -26,9 +26,10 @@ from fdfast.lean.verdict import Verdict
 
 _CHECK = """Check every theorem of each FILE and print one line for each: `name: verdict`.
 
-A .lean file: each `theorem` (or `lemma`) at the left margin gets its own verdict. Its context is
-what stands above it in the file, without the theorems that were not proved: a later proof cannot
-rest on them. Definitions are taken as they are.
+A .lean file: each `theorem` (or `lemma`) that begins its line gets its own verdict; one inside
+another command, as after `open A in` or in `mutual`, is rejected. Its context is what stands above
+it in the file, without the theorems that were not proved: a later proof cannot rest on them.
+Definitions are taken as they are.
 
 A .jsonl, .json or .parquet file: each record's statement, header and proof, in the fields of
 miniF2F (formal_statement, header, proof) or of another published set: ProofNet, PutnamBench,

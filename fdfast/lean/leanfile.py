@@ -93,7 +93,7 @@ def read_pieces(path: Path) -> list[Piece]:
         raise InputError(f"{path}: {fault}")
     pieces = split_pieces(text, code)
     if not any(piece.name for piece in pieces):
-        raise InputError(f"{path}: claims no theorem at the left margin")
+        raise InputError(f"{path}: claims no theorem")
     return pieces
 
 
