@@ -398,11 +398,27 @@ def test_a_headers_printing_options_do_not_matter(pool: LeanPool, value: str) ->
 
 
 @pytest.mark.parametrize("header", ["open Nat\n", "open Nat\nnamespace A.B\n"])
-def test_a_name_that_is_ambiguous_in_its_header_is_its_own(pool: LeanPool, header: str) -> None:
+def test_a_name_that_is_ambiguous_in_its_header_is_its_own(
+    pool: LeanPool, monkeypatch: pytest.MonkeyPatch, header: str
+) -> None:
+    # An opened pickle of the real REPL is inside the header's scopes.
+    audit, scopes = ReplBackend.audit, header.replace("\n", " ")
+
+    def scoped(self: ReplBackend, run: Run, header: str, text: str, compiled: Path) -> Output:
+        return audit(self, run, header, scopes + text, compiled)
+
+    monkeypatch.setattr(ReplBackend, "audit", scoped)
     statement = "theorem add_comm (a b : Nat) : Eq (Nat.add a b) (Nat.add a b) :="
     verdict = pool.check(statement, "rfl", header)
     assert verdict.proved, verdict
     assert pool.check(statement, "sorryAx _ Bool.true", header).reason == "sorry"
+    # So are those in the type, to an audit outside the header.
+    header = f"def add (n : Nat) : Nat := n\n{header}"
+    statement = "theorem three (n : Nat) : Eq (_root_.add n) n :="
+    verdict = pool.check(statement, "rfl", header)
+    assert verdict.proved, verdict
+    assert pool.check(statement, "sorryAx _ Bool.true", header).reason == "sorry"
     # What the other one says is nothing of ours.
+    statement = "theorem add_comm (a b : Nat) : Eq (Nat.add a b) (Nat.add a b) :="
     other = statement.replace("(Nat.add a b) :=", "(Nat.add b a) :=")
     assert pool.check(other, "rfl", header).kind == "failed"

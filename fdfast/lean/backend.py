@@ -74,8 +74,11 @@ class Backend(Protocol):
             InputError: what the header imports is not there.
         """
 
-    def statement(self, run: Run, header: str, text: str) -> Output:
-        """Compile text that holds no proof."""
+    def statement(self, run: Run, header: str, text: str, compiled: Path | None = None) -> Output:
+        """Compile text that holds no proof, into the file `compiled` if it is given.
+
+        Only a backend whose `root` is empty is asked for the file.
+        """
 
     def attempt(self, run: Run, header: str, text: str, compiled: Path) -> Output:
         """Compile text that holds the proof, into the file `compiled`."""
@@ -139,10 +142,15 @@ class FileBackend:
             )
         _WARM.add((self._lean, imports))
 
-    def statement(self, run: Run, header: str, text: str) -> Output:
-        """Compile the header and the text, in a folder of their own."""
-        with private_folder() as folder:
-            output = self._compile(run, "the statement", header + text, folder, "Statement")
+    def statement(self, run: Run, header: str, text: str, compiled: Path | None = None) -> Output:
+        """Compile the header and the text, in a folder of their own if no file is named."""
+        stage: Stage = "the statement"
+        if compiled is None:
+            with private_folder() as folder:
+                output = self._compile(run, stage, header + text, folder, "Statement")
+        else:
+            folder, module = compiled.parent, compiled.stem
+            output = self._compile(run, stage, header + text, folder, module, keep=True)
         if _above(output, header):
             self._try_again_without_proof(run, header)
         return _below(output, header)
@@ -151,7 +159,7 @@ class FileBackend:
         """Compile the header and the text into an .olean."""
         module, folder = compiled.stem, compiled.parent
         try:
-            output = self._compile(run, PROOF, header + text, folder, module)
+            output = self._compile(run, PROOF, header + text, folder, module, keep=True)
         except Stop as stop:
             if stop.verdict.kind == "crashed":
                 self._try_again_without_proof(run, header)
@@ -211,10 +219,11 @@ class FileBackend:
         folder: Path,
         module: str,
         timeout_s: float | None = None,
+        keep: bool = False,
     ) -> Output:
-        """Run Lean on a file of this name; an attempt is compiled, all else is only read."""
+        """Run Lean on a file of this name; what is not to be kept is only read."""
         (folder / f"{module}.lean").write_text(text, encoding="utf-8", newline="")
-        into = ("-o", f"{module}.olean") if stage == PROOF else ()
+        into = ("-o", f"{module}.olean") if keep else ()
         arguments = ("--json", *into, f"{module}.lean")
         job = Job(folder, arguments, self._lean.lean_path(folder), self._program)
         return twice(lambda: self._output(self._run(run, stage, job, timeout_s), stage, folder))

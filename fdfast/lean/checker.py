@@ -142,7 +142,25 @@ class Checker:
             raise Stop("rejected", "the statement does not declare a theorem of its name")
         if _UNPRINTABLE in printed[0]:
             raise Stop("rejected", "Lean cannot print the statement's type in full")
-        return printed[0].removeprefix("_root_.")  # the audit has nothing to tell the name from
+        if "_root_." in printed[0] and not self._backend.root:
+            # The header's `open` makes a name ambiguous, which it is not to the audit.
+            return self._print_outside(run, header, statement, printed[0])
+        return printed[0].removeprefix("_root_.")
+
+    def _print_outside(self, run: Run, header: str, statement: str, printed: str) -> str:
+        """The statement's type as the audit prints it: outside the header."""
+        match = _PRINTED_NAME.match(printed.removeprefix("_root_."))
+        assert match is not None
+        with private_folder() as folder:
+            compiled = folder / f"Statement_{secrets.token_hex(8)}.olean"
+            output = self._backend.statement(run, header, f"{statement}\nsorry\n", compiled)
+            text = f"{_PRINT_ALL}#check @{match['name']}\n"
+            if not output.failed:
+                output = self._backend.audit(run, header, text, compiled)
+        outside = output.at(text.count("\n"))
+        if output.failed or len(outside) != 1 or not outside[0].startswith(match.group()):
+            raise Stop("rejected", "the statement's type cannot be printed outside its header")
+        return outside[0]
 
     def _namespace(self, run: Run, header: str, statement: str) -> str:
         """The namespace that the statement stands in, with a dot at its end; "" for none."""
@@ -176,15 +194,18 @@ class Checker:
         axioms = f"{_PRINT_NAMES}#print axioms {name}\n"
         text = f"{axioms}{_PRINT_ALL}#check @{name}\n"
         output = self._backend.audit(run, header, text, compiled)
-        if output.failed or _UNPRINTABLE in printed or output.at(text.count("\n")) != [printed]:
+        # An opened pickle has the header's `open`, which can make our own name ambiguous.
+        found = [said.removeprefix("_root_.") for said in output.at(text.count("\n"))]
+        if output.failed or _UNPRINTABLE in printed or found != [printed]:
             reason = "the proof changes what the statement says"
             raise Stop("rejected", reason, level=1)
         said = output.at(axioms.count("\n"))
-        if len(said) == 1 and said[0] == f"'{match['name']}' does not depend on any axioms":
+        names = (match["name"], f"_root_.{match['name']}")
+        if said in [[f"'{name}' does not depend on any axioms"] for name in names]:
             return
-        if len(said) != 1 or (found := _AXIOMS.fullmatch(said[0])) is None:
+        if len(said) != 1 or (listed := _AXIOMS.fullmatch(said[0])) is None:
             raise Stop("rejected", "Lean does not tell the axioms of the proof", level=1)
-        used = {axiom.strip() for axiom in found["axioms"].split(",")}
+        used = {axiom.strip().removeprefix("_root_.") for axiom in listed["axioms"].split(",")}
         if "sorryAx" in used:
             raise Stop("rejected", "sorry", level=1)
         if refused := sorted(used - self._lean.allowed_axioms):

@@ -47,8 +47,9 @@ class ReplBackend:
     def warm_up(self, run: Run, header: str) -> None:
         """Nothing: the pool sends a header to a worker before any clock runs."""
 
-    def statement(self, run: Run, header: str, text: str) -> Output:
+    def statement(self, run: Run, header: str, text: str, compiled: Path | None = None) -> Output:
         """Run the text in the header's environment, in a worker that never holds a proof."""
+        assert compiled is None
         return twice(lambda: self._statement(run, header, text))
 
     def _statement(self, run: Run, header: str, text: str) -> Output:
