@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fdfast.errors import InputError
-from fdfast.lean import LeanPool, Toolchain, checker, screen
+from fdfast.lean import LeanPool, Toolchain, checker
 from fdfast.lean.backend import FileBackend, Output
 from fdfast.lean.repl_backend import ReplBackend
 from fdfast.lean.run import Run
@@ -108,52 +108,6 @@ def test_a_hostile_proof_is_refused_with_its_reason(pool: LeanPool, case: str) -
     assert (verdict.kind, verdict.proved) == (kind, False), verdict
     assert verdict.reason.startswith(reason), verdict
     assert "\n" not in verdict.reason
-
-
-WORDS = """
-    simproc_decl dsimproc_decl dsimproc register_option declare_config_elab grind_pattern unif_hint
-    unsafeCast unsafeIO Lean.unsafeBaseIO
-    """
-
-
-@pytest.mark.parametrize("word", WORDS.split())
-def test_a_proof_has_no_such_word(word: str) -> None:
-    assert screen.refuse_proof(f"id {word} h") == f"`{word}` in the proof"
-
-
-CONTEXTS = [
-    *("simproc x (_) := y", "simproc_decl x (_) := y", "dsimproc x (_) := y", "@[init] def x := y"),
-    *("@[term_elab x] def y := z", "@[command_elab x] def y := z", "@[tactic x] def y := z"),
-    *("@[simp, csimp] theorem x : y := z", '@[extern "x"] def y := z', "@[macro x] def y := z"),
-    *(
-        "attribute [local simp, init x] y",
-        "attribute [implemented_by x] y",
-        "@[init\n x] def y := z",
-    ),
-    *("@[builtin_init] def x := y", "@[«builtin_tactic» x] def y := z", "@[«init»] def y := z"),
-    *(
-        '@[x "]", init] def y := z',
-        "@[x [1], init] def y := z",
-        '@[x "a\\"]", tactic x] def y := z',
-    ),
-]
-
-
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_a_context_runs_no_code_in_lean(context: str) -> None:
-    assert screen.refuse_context(f"{context}\n").endswith("` above the theorem")
-
-
-@pytest.mark.parametrize(
-    "context",
-    [
-        "@[simp]\ndef init (tactic : Nat) : Nat := tactic\n",
-        "@[simp] theorem x : List.init [1] = [] := rfl\n#check y[init]\n",
-        "axiom choice_of_mine : True\naxiom soundness : True\n",
-    ],
-)
-def test_an_honest_context_may_use_such_words_as_names(context: str) -> None:
-    assert screen.refuse_context(context) == ""
 
 
 def test_after_all_of_that_an_honest_proof_is_proved(pool: LeanPool) -> None:

@@ -205,7 +205,7 @@ def refuse_context(context: str) -> str:
         ):
             return f"`{word.group()}` above the theorem"
     if match := _ATTRIBUTE.search(code):
-        return f"the attribute `{match['name']}` above the theorem"
+        return f"`{match['name']}` above the theorem"
     for axiom in _AXIOM.finditer(code):
         # Blanked from here, since below a string `code` still has the comments.
         name = _AXIOM_NAME.match(blank_comments(code[axiom.end() : axiom.end() + 4096])[0])
