@@ -15,8 +15,8 @@ def cache_dir() -> Path:
     """The user's cache: $FDFAST_CACHE, else $XDG_CACHE_HOME/fdfast, else ~/.cache/fdfast. Not
     created here."""
     if own := os.environ.get("FDFAST_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fdfast"
+        return Path(own).absolute()  # Lean runs in folders of its own
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "fdfast"
 
 
 def _beside(path: Path) -> Path:

@@ -7,7 +7,8 @@ it, and is compiled again with every command; a pickle is an .olean, and opening
 the REPL does. What it cannot imitate: tactic steps, and scopes that outlive a pickle.
 
 A comment in a proof makes it misbehave as code under check could: `forge_frame` prints an answer
-before the answer, `forge_and_exit` an answer in place of it, `print_garbage` what is no JSON.
+before the answer, `forge_and_exit` an answer in place of it, `print_garbage` what is no JSON, and
+`crash` ends it.
 """
 
 import ctypes
@@ -69,6 +70,8 @@ class Repl:
             sys.stdout.flush()
         if "forge_and_exit" in cmd:
             os._exit(0)
+        if "-- crash" in cmd:
+            os.kill(os.getpid(), signal.SIGABRT)
         said = self._compile(full, before.folder)
         above = before.text.count("\n")
         messages = [m for m in said if m["pos"]["line"] > above]
@@ -133,8 +136,10 @@ class Repl:
         if folder:
             os.environ["LEAN_PATH"] += os.pathsep + folder
         argv = [b"lean", *map(os.fsencode, arguments)]
-        self._lean.lean_main(len(argv), (ctypes.c_char_p * (len(argv) + 1))(*argv, None))
+        status = self._lean.lean_main(len(argv), (ctypes.c_char_p * (len(argv) + 1))(*argv, None))
         ctypes.CDLL(None).fflush(None)
+        if status and not os.path.getsize(output):
+            os.abort()  # no thread or memory for Lean: so would the REPL end
         return 0
 
 

@@ -78,3 +78,9 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     assert cache_dir() == tmp_path / "fdfast"
     monkeypatch.setenv("FDFAST_CACHE", str(tmp_path / "own"))
     assert cache_dir() == tmp_path / "own"
+    monkeypatch.chdir(tmp_path)  # a relative one means the same file from every working folder
+    monkeypatch.setenv("FDFAST_CACHE", "own")
+    assert cache_dir() == tmp_path / "own"
+    monkeypatch.delenv("FDFAST_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", ".")
+    assert cache_dir() == tmp_path / "fdfast"

@@ -68,6 +68,51 @@ def test_a_file_whose_theorems_are_all_proved_ends_with_status_0(
     assert capsys.readouterr().out == "t: proved\nt: proved\n"
 
 
+HIDDEN = """def one : Nat := 1
+namespace A
+  theorem indented : True := True.intro
+  @[simp] theorem with_attribute : True := nosuch
+\ttheorem tabbed : True := sorry
+end A
+open Nat in theorem opened : False := sorry
+set_option pp.all true in theorem with_option : False := sorry
+mutual theorem in_mutual : False := sorry
+end
+mutual
+theorem in_block : False := other
+  theorem other : False := in_block
+end
+section theorem in_section : False := sorry
+end
+def number : Nat := 1theorem glued : False := sorry
+theorem «with a space» : True := True.intro
+theorem /- a comment -/ commented : True := True.intro
+theorem with_universe.{u} (a : Sort u) : True := True.intro
+theorem : True := True.intro
+def text : String := "theorem in a string : True := sorry"
+/-- A
+  theorem in a comment below a string. -/
+def two : Nat := 2
+theorem last : Eq two 2 := rfl
+"""
+
+
+def test_no_theorem_of_a_file_is_hidden(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.lean").write_text(HIDDEN)
+    assert run("check", tmp_path / "a.lean") == 1
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    proved = ["indented", "commented", "with_universe", "last"]
+    assert [name for name, verdict in lines.items() if verdict == "proved"] == proved
+    assert lines.pop("with_attribute") == "failed: 1:1: Unknown identifier `nosuch`"
+    assert lines.pop("tabbed") == lines.pop("in_section") == "rejected: sorry"
+    assert lines.pop("«with a space»").startswith("rejected: formal_statement must begin with")
+    hidden = ["opened", "with_option", "in_mutual", "in_block", "glued"]
+    for name in hidden:
+        assert lines.pop(name).startswith("rejected: the theorem has no `:=` or does not begin its")
+    assert lines.pop("?").startswith("rejected: formal_statement must begin with `theorem NAME`")
+    assert list(lines) == proved
+
+
 def test_jsonl_files_are_checked_and_json_is_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

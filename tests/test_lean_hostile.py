@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from fdfast.errors import InputError
 from fdfast.lean import LeanPool, Toolchain, checker
 from fdfast.lean.backend import FileBackend, Output
+from fdfast.lean.repl_backend import ReplBackend
 from fdfast.lean.run import Run
 
 GOOD = "theorem good (a : Prop) (h : a) : a :="
@@ -220,8 +222,6 @@ def test_the_replay_refuses_what_never_passed_the_kernel(
 def test_a_pickle_that_never_passed_the_kernel_is_refused_when_it_is_opened(
     leans: dict[str, Toolchain], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fdfast.lean.repl_backend import ReplBackend
-
     false = "theorem t : Eq (Nat.succ 7777777) 7777779 :="
     attempt = ReplBackend.attempt
 
@@ -238,3 +238,141 @@ def test_a_pickle_that_never_passed_the_kernel_is_refused_when_it_is_opened(
         verdict = pool.check(false, "@rfl Nat (Nat.succ 7777777)")
         assert verdict.kind == "rejected"
         assert verdict.reason.startswith("the kernel refuses the proof: ")
+
+
+@pytest.mark.parametrize("kind", ["embedded", "lean"])
+def test_a_type_with_a_numeral_is_compared_numeral_by_numeral(
+    leans: dict[str, Toolchain], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    # The base library has no `rawNatLit`, which the printer of numerals wants.
+    attempt = FileBackend.attempt
+
+    def other(self: FileBackend, run: Run, header: str, text: str, compiled: Path) -> Output:
+        return attempt(self, run, header, text.replace("Eq 1 2", "Eq 1 1"), compiled)
+
+    monkeypatch.setattr(FileBackend, "attempt", other)
+    with LeanPool(workers=1, toolchain=leans[kind]) as pool:
+        verdict = pool.check("theorem t : Eq 1 2 :=", "rfl")
+        assert (verdict.kind, verdict.level) == ("rejected", 1), verdict
+        assert verdict.reason == "the proof changes what the statement says"
+        assert pool.check("theorem t : Eq 1 1 :=", "rfl").proved
+
+
+def test_a_type_that_lean_cannot_print_is_refused(
+    pool: LeanPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checker, "_PRINT_ALL", "set_option pp.all true\n")
+    for verdict in (
+        pool.check("theorem unprinted : Eq 1 1 :=", "rfl"),
+        pool.check("theorem unprinted2 : Eq 1 2 :=", "(rfl : Eq 1 1)"),
+    ):
+        assert verdict.kind == "rejected", verdict
+        assert verdict.reason == "Lean cannot print the statement's type in full"
+
+
+@pytest.mark.parametrize(
+    "prelude", ["prelude", "module\nprelude", "/- a -/ module /- b -/ prelude"]
+)
+@pytest.mark.parametrize("kind", ["lean", "repl"])
+def test_a_project_has_its_standard_axioms(
+    leans: dict[str, Toolchain], prelude: str, kind: str
+) -> None:
+    header = f"{prelude}\nimport Init\naxiom Classical.choice : False\n"
+    with (
+        LeanPool(workers=1, toolchain=leans[kind]) as pool,
+        pytest.raises(InputError, match=r"^header begins with `prelude`, which leaves the"),
+    ):
+        pool.check(FALSE, "Classical.choice", header)
+
+
+AXIOMS = [
+    ("axiom propext : False\n", "propext", "propext"),
+    ("private axiom propext : False\n", "propext", "propext"),
+    ("namespace Quot\naxiom sound : False\n", "Quot.sound", "Quot.sound"),
+    ("axiom Classical.choice.{u} (a : Sort u) : False\n", "Classical.choice True", "choice"),
+    ("axiom «Classical».«choice» : False\n", "Classical.choice", "choice"),
+    (
+        'def s := "/-"\naxiom /- -/ -- x : y\n /- : -/ propext : False\n/- -/\n',
+        "propext",
+        "propext",
+    ),
+    ("def n := 1axiom X.propext : False\nopen X\n", "X.propext", "propext"),
+    ("namespace X axiom propext : False\nopen X\n", "X.propext", "propext"),
+]
+
+
+@pytest.mark.parametrize(("header", "proof", "name"), AXIOMS)
+def test_no_axiom_of_a_header_passes_for_an_allowed_one(
+    leans: dict[str, Toolchain], header: str, proof: str, name: str
+) -> None:
+    for kind in ("lean", "repl"):
+        with LeanPool(workers=1, toolchain=leans[kind]) as pool:
+            verdict = pool.check(FALSE, proof, header)
+            assert verdict.kind == "rejected", verdict
+            assert verdict.reason == f"`axiom {name.rpartition('.')[2]}` above the theorem"
+            other = pool.check(FALSE, "soundly", "axiom soundly : False\n")
+            assert other.reason == "the proof uses the axiom soundly"
+
+
+@pytest.mark.parametrize("kind", ["lean", "repl"])
+def test_the_audit_names_axioms_in_full(
+    leans: dict[str, Toolchain], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(checker, "refuse_context", lambda _: "")
+    with LeanPool(workers=1, toolchain=leans[kind]) as pool:
+        private = pool.check(FALSE, "propext", "private axiom propext : False\n")
+        assert private.kind == "rejected", private
+        assert private.reason.startswith("the proof uses the axiom _private.")
+        if kind == "lean":
+            return
+        # An opened pickle of the real REPL is inside the header's scopes.
+        audit = ReplBackend.audit
+
+        def scoped(self: ReplBackend, run: Run, header: str, text: str, compiled: Path) -> Output:
+            return audit(self, run, header, f"open X {text}", compiled)
+
+        monkeypatch.setattr(ReplBackend, "audit", scoped)
+        verdict = pool.check(FALSE, "X.propext", "axiom X.propext : False\n")
+        assert verdict.reason == "the proof uses the axiom X.propext", verdict
+
+
+OPTIONS = """
+    pp.all pp.explicit pp.universes pp.funBinderTypes pp.piBinderTypes pp.letVarTypes pp.unicode.fun
+    pp.fullNames pp.privateNames pp.notation pp.proofs pp.raw pp.exprSizes pp.rawOnError pp.match
+    pp.structureInstances pp.fieldNotation pp.coercions pp.instances pp.safeShadowing pp.beta
+    """
+
+
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_a_headers_printing_options_do_not_matter(pool: LeanPool, value: str) -> None:
+    header = "".join(f"set_option {option} {value}\n" for option in OPTIONS.split())
+    statement = "theorem t : Eq (Prod.mk 1 (fun (x : Nat) => x)) (Prod.mk 1 (fun y => y)) :="
+    verdict = pool.check(statement, "rfl", header)
+    assert verdict.proved, verdict
+
+
+@pytest.mark.parametrize("header", ["open Nat\n", "open Nat\nnamespace A.B\n"])
+def test_a_name_that_is_ambiguous_in_its_header_is_its_own(
+    pool: LeanPool, monkeypatch: pytest.MonkeyPatch, header: str
+) -> None:
+    # An opened pickle of the real REPL is inside the header's scopes.
+    audit, scopes = ReplBackend.audit, header.replace("\n", " ")
+
+    def scoped(self: ReplBackend, run: Run, header: str, text: str, compiled: Path) -> Output:
+        return audit(self, run, header, scopes + text, compiled)
+
+    monkeypatch.setattr(ReplBackend, "audit", scoped)
+    statement = "theorem add_comm (a b : Nat) : Eq (Nat.add a b) (Nat.add a b) :="
+    verdict = pool.check(statement, "rfl", header)
+    assert verdict.proved, verdict
+    assert pool.check(statement, "sorryAx _ Bool.true", header).reason == "sorry"
+    # So are those in the type, to an audit outside the header.
+    header = f"def add (n : Nat) : Nat := n\n{header}"
+    statement = "theorem three (n : Nat) : Eq (_root_.add n) n :="
+    verdict = pool.check(statement, "rfl", header)
+    assert verdict.proved, verdict
+    assert pool.check(statement, "sorryAx _ Bool.true", header).reason == "sorry"
+    # What the other one says is nothing of ours.
+    statement = "theorem add_comm (a b : Nat) : Eq (Nat.add a b) (Nat.add a b) :="
+    other = statement.replace("(Nat.add a b) :=", "(Nat.add b a) :=")
+    assert pool.check(other, "rfl", header).kind == "failed"

@@ -10,13 +10,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from fdfast.errors import InputError
 from fdfast.lean import Attempt, LeanPool, Toolchain, find_lean
+from fdfast.lean.checker import Checker
+from fdfast.lean.run import Run
 
 GOOD = "theorem good (a : Prop) (h : a) : a :="
 SLOW = Attempt(GOOD, "h " * 60_000)  # many seconds of work for Lean
@@ -108,6 +110,46 @@ def test_attempts_at_one_statement_compile_it_once(pool: LeanPool) -> None:
     attempts = [Attempt("theorem once (a : Prop) (h : a) : a :=", "h")] * 6
     assert all(verdict.proved for verdict in pool.check_many(attempts))
     assert pool.stats()["submitted"] - before == 1 + 6 * 2  # each is compiled and audited
+
+
+def test_a_check_that_waits_for_anothers_statement_keeps_its_clock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entered, release = threading.Event(), threading.Event()
+    real = Checker._print_statement
+
+    def slow(self: Checker, run: Run, header: str, statement: str, name: str) -> str:
+        if not entered.is_set():
+            entered.set()
+            assert release.wait(60)
+        return real(self, run, header, statement, name)
+
+    monkeypatch.setattr(Checker, "_print_statement", slow)
+    statement = "theorem waited_for (a : Prop) (h : a) : a :="
+    with (
+        LeanPool(workers=1, timeout_s=60.0) as patient,
+        LeanPool(workers=1, timeout_s=1.0) as hasty,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        first = threads.submit(patient.check, statement, "h")
+        try:
+            assert entered.wait(60)
+            assert hasty.check(statement, "h").proved
+            assert not first.done()
+        finally:
+            release.set()
+        assert first.result().proved
+
+
+def test_a_check_that_waits_for_anothers_statement_can_be_cancelled() -> None:
+    run = Run(60.0, 0)
+    timer = threading.Timer(0.2, run.cancel)
+    timer.start()
+    began = time.monotonic()
+    with pytest.raises(CancelledError):
+        run.wait_for(Future())
+    assert time.monotonic() - began < 10
+    timer.join()
 
 
 def test_asyncio_gets_the_same_verdicts(pool: LeanPool) -> None:
@@ -288,6 +330,12 @@ def test_ctrl_c_ends_the_check_and_its_processes(call: str) -> None:
         ({"timeout_s": 0}, "LeanPool: timeout_s must be more than 0; got 0"),
         ({"timeout_s": float("nan")}, "LeanPool: timeout_s must be more than 0; got nan"),
         ({"memory_mb": 1}, "LeanPool: memory_mb must be at least 128; got 1"),
+        ({"workers": 1.5}, "LeanPool: workers must be a whole number; got 1.5"),
+        ({"workers": True}, "LeanPool: workers must be a whole number; got True"),
+        ({"workers": 1 << 40}, "LeanPool: workers must be at most 4096; got 1099511627776"),
+        ({"memory_mb": 200.5}, "LeanPool: memory_mb must be a whole number; got 200.5"),
+        ({"memory_mb": 1 << 50}, "LeanPool: memory_mb must be at most 1073741824; got 1125899"),
+        ({"header": "module\nimport FdBase"}, "header begins with `module`, and a module cannot"),
         ({"level": 0}, r"LeanPool: level must be 1 \(audit\) or 2 \(replay\); got 0"),
         ({"header": "import Mathlib"}, "header imports Mathlib, which the embedded Lean does not"),
     ],

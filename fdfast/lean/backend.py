@@ -74,8 +74,11 @@ class Backend(Protocol):
             InputError: what the header imports is not there.
         """
 
-    def statement(self, run: Run, header: str, text: str) -> Output:
-        """Compile text that holds no proof."""
+    def statement(self, run: Run, header: str, text: str, compiled: Path | None = None) -> Output:
+        """Compile text that holds no proof, into the file `compiled` if it is given.
+
+        Only a backend whose `root` is empty is asked for the file.
+        """
 
     def attempt(self, run: Run, header: str, text: str, compiled: Path) -> Output:
         """Compile text that holds the proof, into the file `compiled`."""
@@ -139,24 +142,46 @@ class FileBackend:
             )
         _WARM.add((self._lean, imports))
 
-    def statement(self, run: Run, header: str, text: str) -> Output:
-        """Compile the header and the text, in a folder of their own."""
-        with private_folder() as folder:
-            output = self._compile(run, "the statement", header + text, folder, "Statement")
+    def statement(self, run: Run, header: str, text: str, compiled: Path | None = None) -> Output:
+        """Compile the header and the text, in a folder of their own if no file is named."""
+        stage: Stage = "the statement"
+        if compiled is None:
+            with private_folder() as folder:
+                output = self._compile(run, stage, header + text, folder, "Statement")
+        else:
+            folder, module = compiled.parent, compiled.stem
+            output = self._compile(run, stage, header + text, folder, module, keep=True)
+        if _above(output, header):
+            self._try_again_without_proof(run, header)
         return _below(output, header)
 
     def attempt(self, run: Run, header: str, text: str, compiled: Path) -> Output:
         """Compile the header and the text into an .olean."""
         module, folder = compiled.stem, compiled.parent
-        return _below(self._compile(run, PROOF, header + text, folder, module), header)
+        try:
+            output = self._compile(run, PROOF, header + text, folder, module, keep=True)
+        except Stop as stop:
+            if stop.verdict.kind == "crashed":
+                self._try_again_without_proof(run, header)
+            raise
+        if _above(output, header):
+            self._try_again_without_proof(run, header)
+        return _below(output, header)
+
+    def _try_again_without_proof(self, run: Run, header: str) -> None:
+        """Raise MachineError where Lean, with the same imports, fails without the proof too."""
+        _WARM.discard((self._lean, imports_of(header)))
+        self.warm_up(run, header)
 
     def audit(self, run: Run, header: str, text: str, compiled: Path) -> Output:
         """Import the .olean, and nothing of the header, which it holds."""
         first = "prelude\n" if imports_of(header).startswith("prelude\n") else ""
         above = f"{first}import {compiled.stem}\n"
         output = self._compile(run, "the audit", above + text, compiled.parent, "Audit")
-        if output.failed and not compiled.is_file():
-            raise MachineError(f"lean: {compiled.parent} was emptied during a check; set TMPDIR")
+        if wrong := _above(output, above):
+            raise MachineError(
+                f"lean: the audit cannot import {compiled} ({one_line(wrong)}); set TMPDIR"
+            )
         return _below(output, above)
 
     def replay(self, run: Run, compiled: Path) -> None:
@@ -194,10 +219,11 @@ class FileBackend:
         folder: Path,
         module: str,
         timeout_s: float | None = None,
+        keep: bool = False,
     ) -> Output:
-        """Run Lean on a file of this name; an attempt is compiled, all else is only read."""
+        """Run Lean on a file of this name; what is not to be kept is only read."""
         (folder / f"{module}.lean").write_text(text, encoding="utf-8", newline="")
-        into = ("-o", f"{module}.olean") if stage == PROOF else ()
+        into = ("-o", f"{module}.olean") if keep else ()
         arguments = ("--json", *into, f"{module}.lean")
         job = Job(folder, arguments, self._lean.lean_path(folder), self._program)
         return twice(lambda: self._output(self._run(run, stage, job, timeout_s), stage, folder))
@@ -244,6 +270,12 @@ class FileBackend:
                     f"lean: the compiled base library {files[0]} is gone;"
                     " run again, which compiles it anew"
                 )
+
+
+def _above(output: Output, above: str) -> str:
+    """The first error in the lines of `above`, "" if there is none."""
+    errors = (said for said in output.said if said.severity == "error")
+    return next((said.text for said in errors if said.line <= above.count("\n")), "")
 
 
 def _below(output: Output, above: str) -> Output:

@@ -41,10 +41,26 @@ from fdfast.lean.verdict import Level, Message, Verdict
 
 _PRINTED_NAME = re.compile(r"@?(?P<name>[^\s:{]+?)(?:\.\{[^}]*\})? : ")
 _AXIOMS = re.compile(r"'.*' depends on axioms: \[(?P<axioms>[^\]]*)\]\Z", re.DOTALL)
-# With these a printed type is complete: nothing is abbreviated, left out or in somebody's notation.
+# With these a printed type is complete, whatever the header sets: nothing is abbreviated, left out
+# or in somebody's notation, and what the printer cannot print appears as the raw term.
 _PRINT_ALL = "".join(
     f"set_option {option}\n"
-    for option in ("pp.all true", "pp.deepTerms true", "pp.maxSteps 100000000", "pp.oneline false")
+    for option in (
+        *("pp.all true", "pp.explicit true", "pp.universes true", "pp.funBinderTypes true"),
+        *("pp.piBinderTypes true", "pp.letVarTypes true", "pp.unicode.fun false"),
+        *("pp.raw false", "pp.exprSizes false"),
+        *("pp.fullNames true", "pp.privateNames true", "pp.notation false", "pp.proofs true"),
+        *("pp.deepTerms true", "pp.maxSteps 100000000", "pp.oneline false", "pp.rawOnError true"),
+        *("maxRecDepth 1000000", "format.width 1000000000", "format.indent 0"),
+    )
+)
+# What `pp.rawOnError` shall keep Lean from printing: it stands for any term at all.
+_UNPRINTABLE = "failed to pretty print"
+# An opened pickle still has the header's options and open namespaces; an axiom is named in full,
+# and a private one as what it is.
+_PRINT_NAMES = "".join(
+    f"set_option pp.{option}\n"
+    for option in ("all false", "universes false", "fullNames true", "privateNames true")
 )
 _MAX_STATEMENT_TYPES = 4096
 _STATEMENT_TYPES: dict[tuple[Toolchain, str, str], Future[str]] = {}
@@ -99,7 +115,7 @@ class Checker:
             _STATEMENT_TYPES.clear()
         mine: Future[str] = Future()
         known = _STATEMENT_TYPES.setdefault(key, mine)
-        if known is not mine and _tells(known):
+        if known is not mine and _tells(known, run):
             return known.result()
         try:
             printed = self._print_statement(run, header, statement, name)
@@ -113,13 +129,48 @@ class Checker:
     def _print_statement(self, run: Run, header: str, statement: str, name: str) -> str:
         text = f"{statement}\nsorry\n{_PRINT_ALL}"
         output = self._backend.statement(run, header, f"{text}#check @{name}\n")
+        line = text.count("\n") + 1
+        if any(said.startswith("Ambiguous term") for said in output.at(line)):
+            # `open Nat` above `theorem add_comm`: the full name tells ours from the others.
+            name = f"_root_.{self._namespace(run, header, statement)}{name}"
+            output = self._backend.statement(run, header, f"{text}#check @{name}\n")
         if output.failed:
             said = one_line(output.first_error())
             raise Stop("rejected", f"the statement does not elaborate: {said}")
-        printed = output.at(text.count("\n") + 1)
+        printed = output.at(line)
         if len(printed) != 1 or _PRINTED_NAME.match(printed[0]) is None:
             raise Stop("rejected", "the statement does not declare a theorem of its name")
-        return printed[0]
+        if _UNPRINTABLE in printed[0]:
+            raise Stop("rejected", "Lean cannot print the statement's type in full")
+        if "_root_." in printed[0] and not self._backend.root:
+            # The header's `open` makes a name ambiguous, which it is not to the audit.
+            return self._print_outside(run, header, statement, printed[0])
+        return printed[0].removeprefix("_root_.")
+
+    def _print_outside(self, run: Run, header: str, statement: str, printed: str) -> str:
+        """The statement's type as the audit prints it: outside the header."""
+        match = _PRINTED_NAME.match(printed.removeprefix("_root_."))
+        assert match is not None
+        with private_folder() as folder:
+            compiled = folder / f"Statement_{secrets.token_hex(8)}.olean"
+            output = self._backend.statement(run, header, f"{statement}\nsorry\n", compiled)
+            text = f"{_PRINT_ALL}#check @{match['name']}\n"
+            if not output.failed:
+                output = self._backend.audit(run, header, text, compiled)
+        outside = output.at(text.count("\n"))
+        if output.failed or len(outside) != 1 or not outside[0].startswith(match.group()):
+            raise Stop("rejected", "the statement's type cannot be printed outside its header")
+        return outside[0]
+
+    def _namespace(self, run: Run, header: str, statement: str) -> str:
+        """The namespace that the statement stands in, with a dot at its end; "" for none."""
+        place = f"fdfast_{secrets.token_hex(8)}"
+        text = f"{statement}\nsorry\n{_PRINT_ALL}axiom {place} : Prop\n"
+        output = self._backend.statement(run, header, f"{text}#check @{place}\n")
+        match = _PRINTED_NAME.match("".join(output.at(text.count("\n") + 1)))
+        if output.failed or match is None:
+            raise Stop("rejected", "the statement's name is ambiguous in its header")
+        return match["name"].removesuffix(place)
 
     def _attempt(
         self, run: Run, header: str, statement: str, proof: str, compiled: Path
@@ -140,18 +191,21 @@ class Checker:
         assert match is not None
         name = self._backend.root + match["name"]
         # The axioms first: with the options set, their names would carry universes.
-        axioms = f"#print axioms {name}\n"
+        axioms = f"{_PRINT_NAMES}#print axioms {name}\n"
         text = f"{axioms}{_PRINT_ALL}#check @{name}\n"
         output = self._backend.audit(run, header, text, compiled)
-        if output.failed or output.at(text.count("\n")) != [printed]:
+        # An opened pickle has the header's `open`, which can make our own name ambiguous.
+        found = [said.removeprefix("_root_.") for said in output.at(text.count("\n"))]
+        if output.failed or _UNPRINTABLE in printed or found != [printed]:
             reason = "the proof changes what the statement says"
             raise Stop("rejected", reason, level=1)
-        said = output.at(1)
-        if len(said) == 1 and said[0] == f"'{match['name']}' does not depend on any axioms":
+        said = output.at(axioms.count("\n"))
+        names = (match["name"], f"_root_.{match['name']}")
+        if said in [[f"'{name}' does not depend on any axioms"] for name in names]:
             return
-        if len(said) != 1 or (found := _AXIOMS.fullmatch(said[0])) is None:
+        if len(said) != 1 or (listed := _AXIOMS.fullmatch(said[0])) is None:
             raise Stop("rejected", "Lean does not tell the axioms of the proof", level=1)
-        used = {axiom.strip() for axiom in found["axioms"].split(",")}
+        used = {axiom.strip().removeprefix("_root_.") for axiom in listed["axioms"].split(",")}
         if "sorryAx" in used:
             raise Stop("rejected", "sorry", level=1)
         if refused := sorted(used - self._lean.allowed_axioms):
@@ -164,12 +218,15 @@ def forget_statements() -> None:
     _STATEMENT_TYPES.clear()
 
 
-def _tells(known: Future[str]) -> bool:
+def _tells(known: Future[str], run: Run) -> bool:
     """Whether a computation by another check, once it is done, tells what ours would.
 
     Not so when it was cancelled, ran out of time, or met a fault of the machine.
     """
-    error = known.exception()
+    try:
+        error = run.wait_for(known)
+    except TimeoutError:  # it is another pool's, whose limit is larger
+        return False
     return error is None or (isinstance(error, Stop) and error.verdict.kind == "rejected")
 
 

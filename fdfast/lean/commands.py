@@ -20,14 +20,16 @@ from fdfast.files import cache_dir
 from fdfast.lean.leanfile import Piece, read_pieces
 from fdfast.lean.pool import Attempt, LeanPool
 from fdfast.lean.screen import refuse_context
+from fdfast.lean.statement import parse_statement
 from fdfast.lean.toolchain import find_lean
 from fdfast.lean.verdict import Verdict
 
 _CHECK = """Check every theorem of each FILE and print one line for each: `name: verdict`.
 
-A .lean file: each `theorem` (or `lemma`) at the left margin gets its own verdict. Its context is
-what stands above it in the file, without the theorems that were not proved: a later proof cannot
-rest on them. Definitions are taken as they are.
+A .lean file: each `theorem` (or `lemma`) that begins its line gets its own verdict; one inside
+another command, as after `open A in` or in `mutual`, is rejected. Its context is what stands above
+it in the file, without the theorems that were not proved: a later proof cannot rest on them.
+Definitions are taken as they are.
 
 A .jsonl, .json or .parquet file: each record's statement, header and proof, in the fields of
 miniF2F (formal_statement, header, proof) or of another published set: ProofNet, PutnamBench,
@@ -147,8 +149,14 @@ def _check_lean(path: Path, pool: LeanPool) -> Iterator[tuple[str, Verdict]]:
 def _verdict(pool: LeanPool, piece: Piece, context: str) -> Verdict:
     if not piece.statement:
         return Verdict(
-            "rejected", reason="the theorem has no `:=`; write its proof as a term after one"
+            "rejected",
+            reason="the theorem has no `:=` or does not begin its line;"
+            " write its proof as a term after one",
         )
+    try:
+        parse_statement(piece.statement)
+    except InputError as error:  # such as a name in guillemets
+        return Verdict("rejected", reason=str(error))
     if reason := refuse_context(context):
         return Verdict("rejected", reason=reason)
     return pool.check(piece.statement, piece.proof, context)

@@ -3,7 +3,6 @@
 No verdict: whether a proof counts is `checker`'s to say.
 """
 
-import re
 import secrets
 import tempfile
 from dataclasses import dataclass
@@ -13,12 +12,10 @@ from fdfast.errors import InputError, MachineError
 from fdfast.lean.backend import Backend
 from fdfast.lean.folder import private_folder
 from fdfast.lean.run import Run, Stop
-from fdfast.lean.screen import blank_comments, documentation_as_comments
-from fdfast.lean.statement import complete_header
+from fdfast.lean.screen import refuse_text
+from fdfast.lean.statement import complete_header, import_section
 from fdfast.lean.toolchain import Toolchain
 from fdfast.lean.verdict import Message
-
-_IMPORT_LINES = re.compile(r"(?:\s*(?:prelude|(?:public\s+)?import\s+[\w.]+)[ \t]*(?:\n|\Z))*")
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,8 @@ def check_file(lean: Toolchain, backend: Backend, run: Run, text: str) -> Checke
         MachineError: a fault of the machine, twice.
         CancelledError: the run was cancelled.
     """
+    if reason := refuse_text(text):
+        return Checked((Message("error", 1, 0, reason),))
     try:
         whole = complete_header(lean, text)
         lines_added = whole.count("\n") - text.count("\n") - (not text.endswith("\n"))
@@ -70,9 +69,11 @@ def check_file(lean: Toolchain, backend: Backend, run: Run, text: str) -> Checke
             " free disk space or set TMPDIR"
         ) from error
     above = header.count("\n") - lines_added
+    last = max(text.count("\n") + (not text.endswith("\n")), 1)  # Lean was given one newline more
+    last += text.endswith("\n")
     return Checked(
         tuple(
-            Message(said.severity, max(above + said.line, 1), said.column, said.text)
+            Message(said.severity, min(max(above + said.line, 1), last), said.column, said.text)
             for said in output.said
         )
     )
@@ -80,7 +81,7 @@ def check_file(lean: Toolchain, backend: Backend, run: Run, text: str) -> Checke
 
 def _split_imports(text: str) -> tuple[str, str]:
     """The lines that import, and what stands below them."""
-    code, _ = blank_comments(documentation_as_comments(text))
-    match = _IMPORT_LINES.match(code)
-    end = match.end() if match else 0
+    end = import_section(text).end
+    end += len(text[end:]) - len(text[end:].lstrip(" \t"))
+    end += text[end : end + 1] == "\n"
     return text[:end], text[end:]

@@ -22,6 +22,8 @@ from fdfast.lean.toolchain import Toolchain, find_lean
 from fdfast.lean.verdict import Verdict
 
 _MIN_MEMORY_MB = 128  # Lean alone, without a proof, takes half of it
+_MAX_MEMORY_MB = 1 << 30  # a pebibyte, so that bytes fit 64 bits with room
+_MAX_WORKERS = 4096
 
 
 class Attempt(NamedTuple):
@@ -80,6 +82,14 @@ class LeanPool:
             InputError: an argument is off, or the toolchain cannot replay for level 2.
             MachineError: there is no Lean.
         """
+        for name, value, most in (
+            ("workers", workers, _MAX_WORKERS),
+            ("memory_mb", memory_mb, _MAX_MEMORY_MB),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise InputError(f"LeanPool: {name} must be a whole number; got {value}")
+            if value > most:
+                raise InputError(f"LeanPool: {name} must be at most {most}; got {value}")
         if workers < 1:
             raise InputError(f"LeanPool: workers must be at least 1; got {workers}")
         if not timeout_s > 0:

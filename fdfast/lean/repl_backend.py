@@ -11,6 +11,7 @@ with `(kernel)` on stderr where that refuses. So says its source; it was not run
 here, but against a stand-in for it that has the embedded Lean compile what it is sent.
 """
 
+import secrets
 from pathlib import Path
 
 from fdfast._replio import Answer, Pool
@@ -30,6 +31,10 @@ class _GarbledError(MachineError):
     """An answer that is none of the REPL's own."""
 
 
+class _EndedStop(Stop):
+    """The worker ended by itself while it had the proof."""
+
+
 class ReplBackend:
     """The REPL of a project."""
 
@@ -42,8 +47,9 @@ class ReplBackend:
     def warm_up(self, run: Run, header: str) -> None:
         """Nothing: the pool sends a header to a worker before any clock runs."""
 
-    def statement(self, run: Run, header: str, text: str) -> Output:
+    def statement(self, run: Run, header: str, text: str, compiled: Path | None = None) -> Output:
         """Run the text in the header's environment, in a worker that never holds a proof."""
+        assert compiled is None
         return twice(lambda: self._statement(run, header, text))
 
     def _statement(self, run: Run, header: str, text: str) -> Output:
@@ -54,9 +60,24 @@ class ReplBackend:
     def attempt(self, run: Run, header: str, text: str, compiled: Path) -> Output:
         """Run the text in the header's environment, and pickle the environment after it."""
         try:
-            return twice(lambda: self._attempt(run, header, text, compiled))
+            return self._attempt_again(run, header, text, compiled)
         except _GarbledError as error:  # in two workers, so it is no leftover of an earlier proof
             raise Stop("rejected", "the proof prints into the answers of the REPL") from error
+
+    def _attempt_again(self, run: Run, header: str, text: str, compiled: Path) -> Output:
+        """Attempt; a crash in one worker can be its own, one in a sound worker is the proof's."""
+        try:
+            return twice(lambda: self._attempt(run, header, text, compiled))
+        except _EndedStop:
+            ours = f"theorem fdfast_{secrets.token_hex(8)} (a : Prop) (h : a) : a := h"
+            command = repl.Command(ours).to_json()
+            stage: Stage = "the statement"
+            head = _header(header)
+            answer = run.ask(
+                self._attempts, [command], stage, header=head, timeout_s=_IMPORT_TIMEOUT_S
+            )[0]
+            _output(answer, stage)
+            return twice(lambda: self._attempt(run, header, text, compiled))
 
     def _attempt(self, run: Run, header: str, text: str, compiled: Path) -> Output:
         commands = [
@@ -156,7 +177,7 @@ def _output(answer: Answer, stage: Stage) -> Output:
     if stage == PROOF and answer.end == "overflow":
         raise Stop("crashed", "the proof makes Lean say more than the pool reads")
     if stage == PROOF and _own_fault(answer.status):
-        raise Stop("crashed", f"Lean ended ({_how(answer)})")
+        raise _EndedStop("crashed", f"Lean ended ({_how(answer)})")
     raise MachineError(
         f"lean: the REPL ended during {stage} ({_how(answer)}); free memory, then run"
         " `fdfast lean doctor`"

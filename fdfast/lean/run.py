@@ -5,8 +5,9 @@ worker, or a worker for its start, is not counted.
 """
 
 import threading
+import time
 from collections.abc import Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future, wait
 from typing import Literal
 
 from fdfast._replio import Answer, Pool
@@ -46,6 +47,21 @@ class Run:
             if self._asked is not None:
                 pool, tickets = self._asked
                 pool.cancel(tickets)
+
+    def wait_for(self, known: Future[str]) -> BaseException | None:
+        """`known.exception()`, for at most the check's time.
+
+        Raises:
+            TimeoutError: it is not done by then.
+            CancelledError: `cancel` was called.
+        """
+        until = time.monotonic() + self._left_s
+        while not known.done() and time.monotonic() < until:
+            with self._lock:
+                if self._cancelled:
+                    raise CancelledError
+            wait([known], timeout=min(0.1, self._left_s))
+        return known.exception(timeout=0)
 
     def ask(
         self,

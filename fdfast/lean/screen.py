@@ -20,12 +20,13 @@ MAX_PROOF_CHARS = 4 << 20
 _HOLES = {"sorry", "admit", "sorryAx"}
 _COMMAND_WORDS = """
     abbrev add_decl_doc alias attribute axiom binder_predicate builtin_initialize class coinductive
-    constant declare_syntax_cat def deriving elab elab_rules end example export extend_docs
-    gen_injective_theorems import include inductive infix infixl infixr init_quot initialize
-    instance irreducible_def lemma local macro macro_rules meta module mutual namespace
-    noncomputable nonrec notation notation3 omit opaque partial postfix prefix prelude private
-    protected public run_cmd run_elab run_meta scoped seal section set_option simproc structure
-    suppress_compilation syntax theorem universe universes unsafe unseal variable variables
+    constant declare_config_elab declare_syntax_cat def deriving dsimproc dsimproc_decl elab
+    elab_rules end example export extend_docs gen_injective_theorems grind_pattern import include
+    inductive infix infixl infixr init_quot initialize instance irreducible_def lemma local macro
+    macro_rules meta module mutual namespace noncomputable nonrec notation notation3 omit opaque
+    partial postfix prefix prelude private protected public register_option run_cmd run_elab
+    run_meta scoped seal section set_option simproc simproc_decl structure suppress_compilation
+    syntax theorem unif_hint universe universes unsafe unseal variable variables
     """
 _COMMANDS = set(_COMMAND_WORDS.split())
 _EXECUTING = {"by_elab", "dbg_trace", "include_str", "native_decide", "run_tac", "eval%"}
@@ -42,12 +43,24 @@ _TRUST = {
     "reduceNat",
 }
 _EXECUTING_COMMANDS = """
-    builtin_initialize elab elab_rules implemented_by initialize macro macro_rules run_cmd run_elab
-    run_meta unsafe
+    builtin_initialize command_elab csimp declare_config_elab dsimproc dsimproc_decl elab elab_rules
+    extern implemented_by initialize macro macro_rules register_option run_cmd run_elab run_meta
+    simproc simproc_decl term_elab unsafe
     """
+# Words that are names too, and forge only as the attribute's own.
+_ATTRIBUTE = re.compile(
+    r'(?:@\[|\battribute\s*\[)(?:"(?:\\.|[^"\\])*"|\[[^\]]{0,400}\]|[^\]"]){0,400}?'
+    r"(?<![\w.'!?])(?P<name>«?(?:init|tactic|builtin_\w+)»?)(?![\w'!?])"
+)
+# `unsafeCast` and its kin.
+_UNSAFE = re.compile(r"unsafe[A-Z]")
 # What could forge a result from a file's own context: everything else there is an honest
 # definition.
 _CONTEXT = _EXECUTING | set(_EXECUTING_COMMANDS.split())
+# Names of axioms that a proof may use: no axiom of the file's own may pass for one of them.
+_AXIOM_NAMES = {"propext", "choice", "sound"}
+_AXIOM = re.compile(r"(?<![A-Za-z_])axiom(?![\w'!?])")
+_AXIOM_NAME = re.compile(r"\s*(?P<name>(?:«[^»]*»|[^\s:({\[⦃«])+)")
 # The kernel runs compiled code for constants of these names.
 _CONTEXT_TRUST = {"ofReduceBool", "ofReduceNat", "reduceBool", "reduceNat", "trustCompiler"}
 
@@ -141,7 +154,7 @@ def refuse_proof(proof: str) -> str:
 def _refuse_word(code: str, word: re.Match[str]) -> str:
     """Why this word may not stand in a proof, or ""."""
     name, start = word.group(), word.start()
-    if name.rsplit(".", 1)[-1] in _TRUST:
+    if (last := name.rsplit(".", 1)[-1]) in _TRUST or _UNSAFE.match(last):
         return "sorry" if name.endswith("sorryAx") else f"`{name}` in the proof"
     # `(f x).end` is a projection. `f ..end` is not, and neither is `1.end`.
     if start >= 2 and code[start - 1] == "." and code[start - 2] in ")⟩]":
@@ -185,6 +198,18 @@ def refuse_context(context: str) -> str:
     if match := re.search(r"\bdebug\.\w+|\bskipKernelTC\b|#(?:exit|eval)\b", code):
         return f"`{match.group()}` above the theorem"
     for word in _WORD.finditer(code):
-        if word.group() in _CONTEXT or word.group().rsplit(".", 1)[-1] in _CONTEXT_TRUST:
+        if (
+            word.group() in _CONTEXT
+            or word.group().startswith("builtin_")
+            or word.group().rsplit(".", 1)[-1] in _CONTEXT_TRUST
+        ):
             return f"`{word.group()}` above the theorem"
+    if match := _ATTRIBUTE.search(code):
+        return f"`{match['name']}` above the theorem"
+    for axiom in _AXIOM.finditer(code):
+        # Blanked from here, since below a string `code` still has the comments.
+        name = _AXIOM_NAME.match(blank_comments(code[axiom.end() : axiom.end() + 4096])[0])
+        last = name["name"].rstrip(".").rsplit(".", 1)[-1].strip("«»") if name else ""
+        if name is None or last in _AXIOM_NAMES:
+            return f"`axiom {last}` above the theorem"
     return ""
