@@ -2,18 +2,21 @@
 
 import dataclasses
 
+import peft
 import pytest
+import torch
 
 from fdfast.data.jsonl import Theorem
 from fdfast.data.problems import Problem, questions_path
 from fdfast.errors import InputError, MachineError
-from fdfast.feedback import FeedbackItem, SelfFeedback
+from fdfast.feedback import AdapterEngine, FeedbackItem, SelfFeedback
 from fdfast.lean import Verdict
 from fdfast.models import load_model
 from fdfast.rollout import Completion, HFEngine, SamplingOptions
 from fdfast.trainer import load_config, train
 from fdfast.trainer.batch import Prompts
 from fdfast.trainer.config import make_config
+from fdfast.trainer.feedback import make_provider
 from fdfast.trainer.metrics import read_jsonl
 from tests.chat_server import GOOD, Reply, chat_server, completion
 from tests.tiny import save_tiny_model, tiny_tokenizer
@@ -102,6 +105,27 @@ def test_a_real_model_is_asked_and_its_nonsense_refused(tiny):
     provider = SelfFeedback(HFEngine(model, tokenizer), tokenizer, options)
     assert provider.feedback_many([ITEM, ITEM]) == [None, None]
     assert provider.counters.requests == 4
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:peft.*", "ignore:.*is_gradient:FutureWarning")
+def test_a_second_adapter_speaks_and_the_first_is_trained_as_before(tiny):
+    model, tokenizer = load_model(tiny)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(model, lora, adapter_name="student")
+    model.add_adapter("judge", lora)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    engine = HFEngine(model, tokenizer)
+    prompts, options = [[1, 5, 6]] * 2, SamplingOptions(max_completion_length=12, temperature=0)
+    mine = engine.generate(prompts, options, seed=0)
+    judged = AdapterEngine(engine, "judge").generate(prompts, options, seed=0)
+    assert mine != judged
+    assert model.active_adapter == "student"
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+    assert engine.generate(prompts, options, seed=0) == mine
+    with pytest.raises(InputError, match="adapter must be one of student, judge; got 'critic'"):
+        AdapterEngine(engine, "critic")
+    with pytest.raises(InputError, match=r"adapter must be one of \(none\)"):
+        AdapterEngine(HFEngine(load_model(tiny)[0], tokenizer), "judge")
 
 
 # The trainer.
@@ -196,6 +220,24 @@ def test_the_constant_steps_in_where_the_model_itself_fails(tiny, tmp_path):
     assert {a["feedback"] for a in read_jsonl(tmp_path / "run" / "attempts.jsonl")} == {
         "Be concise."
     }
+
+
+@pytest.mark.parametrize(
+    ("who", "alpha", "is_the_teacher"),
+    [("initial", 0.9, False), ("initial", 1.0, True), ("teacher", 0.9, True)],
+)
+def test_self_is_the_initial_model_unless_the_teacher_is_asked_for(
+    tiny, tmp_path, who, alpha, is_the_teacher
+):
+    """A frozen teacher is the initial model: no second copy then."""
+    config = settings(
+        tiny, tmp_path, feedback="self", feedback_self_model=who, teacher_ema_alpha=alpha
+    )
+    teacher, tokenizer = load_model(tiny)
+    provider = make_provider(config, teacher, tokenizer)
+    assert (provider.engine.model is teacher) == is_the_teacher
+    for mine, theirs in zip(provider.engine.model.parameters(), teacher.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_a_missing_key_is_told_before_a_model_is_loaded(tmp_path, monkeypatch):

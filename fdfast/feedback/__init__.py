@@ -4,7 +4,7 @@ from fdfast.feedback.chat_endpoint import LLMSettings
 from fdfast.feedback.item import FeedbackItem
 from fdfast.feedback.ledger import FeedbackCounters, Prices
 from fdfast.feedback.llm import LLMFeedback
-from fdfast.feedback.own_model import SelfFeedback
+from fdfast.feedback.own_model import AdapterEngine, SelfFeedback
 from fdfast.feedback.providers import (
     PROVIDERS,
     FeedbackProvider,
@@ -18,6 +18,7 @@ SOURCES = (*PROVIDERS, "llm", "self")
 __all__ = [
     "PROVIDERS",
     "SOURCES",
+    "AdapterEngine",
     "FeedbackCounters",
     "FeedbackItem",
     "FeedbackProvider",

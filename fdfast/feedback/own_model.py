@@ -17,7 +17,7 @@ from fdfast.feedback.prompts import (
     feedback_messages,
 )
 from fdfast.feedback.rules import broken_rule, spoken
-from fdfast.rollout import Completion, SamplingOptions
+from fdfast.rollout import Completion, HFEngine, SamplingOptions
 
 
 class Engine(Protocol):
@@ -27,6 +27,43 @@ class Engine(Protocol):
         self, prompts: Sequence[Sequence[int]], options: SamplingOptions, *, seed: int
     ) -> list[Completion]:
         """One completion a prompt, in order."""
+
+
+class AdapterEngine:
+    """An engine whose model wears another LoRA adapter while it samples, one trained to judge, say.
+
+    Args:
+        engine: over a peft model, its `model`.
+        adapter: a name that the model knows.
+
+    Raises:
+        InputError: it does not know it.
+    """
+
+    def __init__(self, engine: HFEngine, adapter: str) -> None:
+        known = getattr(engine.model, "peft_config", {})
+        if adapter not in known:
+            raise InputError(
+                f"AdapterEngine: adapter must be one of {', '.join(known) or '(none)'}; got "
+                f"{adapter!r}: load it with model.load_adapter"
+            )
+        self.engine, self.adapter = engine, adapter
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], options: SamplingOptions, *, seed: int
+    ) -> list[Completion]:
+        """One completion a prompt, in order; afterwards the model is as it was."""
+        model = self.engine.model
+        active = model.active_adapter
+        # peft's set_adapter also decides what is trained; the student's choice must survive.
+        trained = {name: p.requires_grad for name, p in model.named_parameters()}
+        model.set_adapter(self.adapter)
+        try:
+            return self.engine.generate(prompts, options, seed=seed)
+        finally:
+            model.set_adapter(active)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(trained[name])
 
 
 class SelfFeedback:

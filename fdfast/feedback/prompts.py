@@ -12,6 +12,7 @@ Message = dict[str, str]
 # A longer attempt loses its middle: how it began and how it ended say the most.
 MAX_ATTEMPT_CHARACTERS = 24_000
 MAX_TRACE_CHARACTERS = 12_000
+MAX_HEADER_CHARACTERS = 4_000
 MAX_MESSAGES = 8
 MAX_MESSAGE_CHARACTERS = 1_000
 
@@ -99,7 +100,11 @@ def feedback_messages(
         judged=" and Lean's verdict" if item.verdict is not None else "",
         content="\n".join(content) + "\n",
     )
-    parts = [
+    parts = []
+    if item.problem.theorem is not None and item.problem.theorem.header.strip():
+        header = item.problem.theorem.header.strip()
+        parts.append(_tagged("file_header", cut_middle(header, MAX_HEADER_CHARACTERS)))
+    parts += [
         _tagged("problem", item.problem.prompt),
         _tagged("attempt", cut_middle(item.attempt.strip(), max_attempt_characters) or "(nothing)"),
     ]

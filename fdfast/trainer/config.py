@@ -41,7 +41,7 @@ class TrainConfig:
         examples: worked examples as chat turns before the problem: [question, answer] pairs.
         completion_prefix: begins the assistant's turn, given and not trained; {prompt} as above.
         feedback: constant, verifier, solution, llm (a model behind an OpenAI-compatible chat
-            endpoint) or self (the teacher itself).
+            endpoint) or self (the model itself).
         feedback_text: the constant's sentence.
         feedback_position: where it stands in the user's message to the teacher, end or start; the
             paper does not say.
@@ -51,6 +51,8 @@ class TrainConfig:
             steps in.
         feedback_allow_solution: whether llm and self may say the solution.
         feedback_max_completion_length: tokens that llm or self may write, thinking included.
+        feedback_self_model: who is self: the initial model as in the paper (of a moving teacher a
+            second copy in memory, read from model_name_or_path again at --resume), or the teacher.
         feedback_base_url: of llm's API, with its version: http://127.0.0.1:8000/v1, say.
         feedback_model: its name there.
         feedback_api_key_env: the environment variable with the key; "" sends none.
@@ -132,6 +134,7 @@ class TrainConfig:
     feedback_on_failure: str = "skip"
     feedback_allow_solution: bool = False
     feedback_max_completion_length: int = 2048
+    feedback_self_model: Literal["initial", "teacher"] = "initial"
     feedback_base_url: str = ""
     feedback_model: str = ""
     feedback_api_key_env: str = "OPENAI_API_KEY"

@@ -14,6 +14,7 @@ from fdfast.feedback import (
     feedback_provider,
 )
 from fdfast.feedback.chat_endpoint import api_key
+from fdfast.models import load_model
 from fdfast.rollout import HFEngine, SamplingOptions
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def make_provider(config: "TrainConfig", teacher: Any, tokenizer: Any) -> Feedba
 
     Args:
         config: of the run.
-        teacher: the model of source self.
+        teacher: the model of source self, if the settings say so.
         tokenizer: its tokenizer.
 
     Raises:
@@ -103,8 +104,12 @@ def _provider(source: str, config: "TrainConfig", teacher: Any, tokenizer: Any) 
         top_p=config.top_p,
         top_k=config.top_k,
     )
+    model = teacher
+    if config.feedback_self_model == "initial" and config.teacher_ema_alpha < 1:
+        model, _ = load_model(config.model_name_or_path, dtype=config.dtype)
+        model.requires_grad_(False)
     return SelfFeedback(
-        HFEngine(teacher, tokenizer, batch_size=config.generation_batch_size),
+        HFEngine(model, tokenizer, batch_size=config.generation_batch_size),
         tokenizer,
         options,
         # As long as the longest text that the student itself may come to.
