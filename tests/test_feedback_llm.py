@@ -297,6 +297,16 @@ def test_requests_run_together_and_no_more_than_allowed(tmp_path):
     assert 2 <= server.most_under_way <= 4
 
 
+def test_waiting_for_a_slot_is_not_counted_as_the_servers_time(tmp_path):
+    def slow(number, request):
+        time.sleep(0.25)
+        return Reply(completion(GOOD))
+
+    with chat_server(slow) as server:
+        provider = provider_for(server, tmp_path, max_concurrency=1, timeout_s=0.8, max_retries=0)
+        assert provider.feedback_many(items(6)) == [GOOD] * 6
+
+
 def test_each_attempt_gets_its_own_feedback_in_order(tmp_path):
     def numbered(number, request):
         said = request["messages"][0]["content"]
