@@ -99,7 +99,7 @@ class Case:
             if not self.trains:
                 with torch.no_grad():
                     return hidden(made)
-            made.zero_grad()
+            made.zero_grad(set_to_none=False)  # gradients stay: they are no part of a peak
             out = hidden(made)
             out.square().sum().backward()
             return out.detach()

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.measure import MIB, status_bytes
-from benchmarks.prefix_cases import APART, OURS, PADDED, all_cases, model
+from benchmarks.prefix_cases import APART, OURS, PADDED, all_cases
 
 
 def main(quick: str) -> None:
@@ -18,9 +18,7 @@ def main(quick: str) -> None:
     for case in all_cases(quick=quick == "1"):
         for contender in (OURS, APART, PADDED):
             run = case.run(contender)
-            if case.trains:  # the gradients stay, and are no part of it
-                run()
-            model().zero_grad(set_to_none=False)
+            run()  # code and scratch that is made once; gradients, which stay
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew

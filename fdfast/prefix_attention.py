@@ -6,22 +6,14 @@ right outputs and wrong dq and dk.
 Legend: T tokens, H query heads, K key heads, E head size.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fdfast import dispatch, reference
 from fdfast.packing import PrefixTree
-
-
-class Forest(NamedTuple):
-    """What a backend needs of a `PrefixTree`, whose attributes these are."""
-
-    cu_seqlens: Tensor
-    parent: Tensor
-    kv_end: Tensor
-    position_ids: Tensor
+from fdfast.types import Forest
 
 
 def prefix_attention(
@@ -56,11 +48,12 @@ def prefix_attention(
     """
     _check(query, key, value, tree, scale, sliding_window)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    window = sliding_window or 0
     forest = Forest(tree.cu_seqlens, tree.parent, tree.kv_end, tree.position_ids)
     if backend == "reference":
-        return reference.prefix_attention(query, key, value, *forest[2:], scale, window)
-    out, _ = torch.ops.fdfast.prefix_attention(query, key, value, *forest, scale, window, backend)
+        return reference.prefix_attention(query, key, value, forest, scale, sliding_window)
+    out, _ = torch.ops.fdfast.prefix_attention(
+        query, key, value, *forest, scale, sliding_window, backend
+    )
     return out  # type: ignore[no-any-return]
 
 
@@ -107,9 +100,14 @@ class _Reference:
 
     @staticmethod
     def forward(
-        query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, window: int
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        forest: Forest,
+        scale: float,
+        sliding_window: int | None,
     ) -> tuple[Tensor, Tensor]:
-        out = reference.prefix_attention(query, key, value, *forest[2:], scale, window)
+        out = reference.prefix_attention(query, key, value, forest, scale, sliding_window)
         T, H, _ = query.shape
         return out, query.new_empty((H, T), dtype=reference.statistics_dtype(query))
 
@@ -123,11 +121,11 @@ class _Reference:
         _lse: Tensor,
         forest: Forest,
         scale: float,
-        window: int,
+        sliding_window: int | None,
     ) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
-            out = reference.prefix_attention(q, k, v, *forest[2:], scale, window)
+            out = reference.prefix_attention(q, k, v, forest, scale, sliding_window)
             return torch.autograd.grad(out, (q, k, v), dout)
 
 
@@ -142,12 +140,12 @@ def _forward(
     kv_end: Tensor,
     position_ids: Tensor,
     scale: float,
-    window: int,
+    sliding_window: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     forest = Forest(cu_seqlens, parent, kv_end, position_ids)
     module = dispatch.backend_for("prefix_attention", query, backend) or _Reference
-    out, lse = module.forward(query, key, value, forest, scale, window)
+    out, lse = module.forward(query, key, value, forest, scale, sliding_window)
     return out, lse
 
 
@@ -171,12 +169,12 @@ def _backward(
     kv_end: Tensor,
     position_ids: Tensor,
     scale: float,
-    window: int,
+    sliding_window: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     forest = Forest(cu_seqlens, parent, kv_end, position_ids)
     module = dispatch.backend_for("prefix_attention", query, backend) or _Reference
-    dq, dk, dv = module.backward(dout, query, key, value, out, lse, forest, scale, window)
+    dq, dk, dv = module.backward(dout, query, key, value, out, lse, forest, scale, sliding_window)
     return dq, dk, dv
 
 

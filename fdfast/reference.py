@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fdfast.divergences import NEG_INF, TABLE
-from fdfast.types import Head, HeadOptions, TeacherTopK
+from fdfast.types import Forest, Head, HeadOptions, TeacherTopK
 
 
 def statistics_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -231,16 +231,16 @@ def prefix_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    kv_end: Tensor,
-    position_ids: Tensor,
+    forest: Forest,
     scale: float,
-    window: int,
+    sliding_window: int | None,
 ) -> Tensor:
-    """Softmax over a dense mask; see `fdfast.prefix_attention`. A window of 0 is none."""
+    """Softmax over a dense mask; see `fdfast.prefix_attention`."""
+    kv_end, position_ids = forest.kv_end, forest.position_ids
     token = torch.arange(len(kv_end), device=kv_end.device)
     sees = (token <= token.unsqueeze(1)) & (token.unsqueeze(1) < kv_end)
-    if window:
-        sees &= position_ids.unsqueeze(1) - position_ids < window
+    if sliding_window is not None:
+        sees &= position_ids.unsqueeze(1) - position_ids < sliding_window
     dtype = statistics_dtype(query)
     T, H, E = query.shape
     K = key.shape[1]

@@ -113,3 +113,12 @@ class Head(NamedTuple):
     hidden_ND: Tensor
     weight_VD: Tensor
     bias_V: Tensor | None
+
+
+class Forest(NamedTuple):
+    """What a backend of prefix attention needs of a `PrefixTree`, whose attributes these are."""
+
+    cu_seqlens: Tensor
+    parent: Tensor
+    kv_end: Tensor
+    position_ids: Tensor

@@ -3,21 +3,31 @@
 `python -m fdfast.kernels.report` prints the rows as JSON, one a line.
 """
 
+import itertools
 import json
 import sys
 import time
 from collections.abc import Iterator
 
-from fdfast.kernels import aot
-from fdfast.kernels.variants import LOADS, Case, variants
+from fdfast.kernels import aot, prefix_attention_variants, variants
+from fdfast.kernels.prefix_attention_variants import AttentionCase
+from fdfast.kernels.variants import LOADS, Case
 
 CAPABILITIES = (80, 90, 100)
+OPERATIONS = ("policy_head", "prefix_attention")
 
 
 def rows(
-    capabilities: tuple[int, ...] = CAPABILITIES, cases: tuple[Case, ...] | None = None
+    capabilities: tuple[int, ...] = CAPABILITIES,
+    cases: tuple[Case, ...] | None = None,
+    attention_cases: tuple[AttentionCase, ...] | None = None,
 ) -> Iterator[dict[str, object]]:
     """One row a kernel, specialisation and architecture: compiled here, run nowhere.
+
+    Args:
+        capabilities: of CAPABILITIES.
+        cases: of policy_head and topk_head; None: all, an empty tuple: none.
+        attention_cases: of prefix_attention, likewise.
 
     Raises:
         RuntimeError: TRITON_INTERPRET is set, so there is no compiler.
@@ -26,8 +36,12 @@ def rows(
 
     if INTERPRETING:
         raise RuntimeError("kernels report: unset TRITON_INTERPRET; the interpreter compiles not")
+    if attention_cases is None:
+        attention_cases = prefix_attention_variants.cases()
     for capability in capabilities:
-        for variant in variants(capability, cases):
+        heads = () if cases == () else variants.variants(capability, cases)
+        attention = prefix_attention_variants.variants(capability, attention_cases)
+        for variant in itertools.chain(heads, attention):
             begin = time.perf_counter()
             compiled = aot.compile_variant(variant, capability)
             yield {
@@ -44,15 +58,24 @@ def rows(
 
 
 def main(arguments: list[str]) -> None:
-    """Print the rows of the capabilities and cases given ("90", "bfloat16", "softcap") as JSON."""
+    """Print the rows of what is given as JSON: capabilities and operations, dtypes of both, loads
+    of policy_head and head sizes of prefix_attention ("90", "bfloat16", "softcap", "D=64").
+    """
     import torch
 
     capabilities = tuple(int(a) for a in arguments if a.isdigit()) or CAPABILITIES
-    dtypes = [getattr(torch, a) for a in arguments if hasattr(torch, a)]
+    operations = [o for o in OPERATIONS if o in arguments] or OPERATIONS
+    dtypes = tuple(getattr(torch, a) for a in arguments if hasattr(torch, a))
     loads = [load for load in LOADS if load in arguments] or LOADS
+    sizes = tuple(int(a.removeprefix("D=")) for a in arguments if a.startswith("D="))
     cases = tuple(Case(dtype, load) for dtype in dtypes for load in loads) or None
+    attention = prefix_attention_variants.cases(dtypes or prefix_attention_variants.DTYPES, sizes)
     for capability in capabilities:
-        for row in rows((capability,), cases):
+        wanted = (
+            cases if "policy_head" in operations else (),
+            attention if "prefix_attention" in operations else (),
+        )
+        for row in rows((capability,), *wanted):
             print(json.dumps(row), flush=True)
 
 

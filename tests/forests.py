@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fdfast import types
+
 
 class Node(NamedTuple):
     """A run of tokens start .. end - 1 whose attention begins with its parent's, if it has one."""
@@ -40,6 +42,11 @@ class Forest:
     def parent(self) -> Tensor:
         """(N,) int32."""
         return torch.tensor([node.parent for node in self.nodes], dtype=torch.int32)
+
+    def tensors(self, device: str | torch.device = "cpu") -> types.Forest:
+        """What a backend is given."""
+        parts = (self.cu_seqlens, self.parent, self.kv_end, self.position_ids)
+        return types.Forest(*(part.to(device) for part in parts))
 
 
 def forest(lengths: list[int], parents: list[int]) -> Forest:

@@ -12,7 +12,7 @@ from fdfast.errors import InputError, MachineError
 from fdfast.feedback import AdapterEngine, FeedbackItem, SelfFeedback
 from fdfast.lean import Verdict
 from fdfast.models import load_model
-from fdfast.rollout import Completion, HFEngine, SamplingOptions
+from fdfast.rollout import HFEngine, SamplingOptions, Trajectory
 from fdfast.trainer import load_config, train
 from fdfast.trainer.batch import Prompts
 from fdfast.trainer.config import make_config
@@ -40,7 +40,11 @@ class Scripted:
         self.asked.append(prompts)
         self.seeds.append(seed)
         texts = self.calls.pop(0)
-        return [Completion([5, 6], text, truncated=text == "cut") for text in texts]
+        ends = ["length" if text == "cut" else "stop" for text in texts]
+        return [
+            Trajectory([5, 6], [-1.0] * 2, [True] * 2, text, end)
+            for text, end in zip(texts, ends, strict=True)
+        ]
 
 
 def own(engine, **values):

@@ -88,6 +88,17 @@ def test_narrow_dtypes_are_as_exact_as_pytorch(E, window, dtype):
         assert error(seen, truth) <= 2 * error(peer, truth) + 1e-7
 
 
+@pytest.mark.parametrize("window", [None, 25])
+def test_the_kernels_are_reached_by_name(window):
+    made = FORESTS["feedback between"]
+    qkv = inputs(made.num_tokens, 4, 2, 32, torch.float32)
+    tree, options = tree_of(made), {"sliding_window": window}
+    truth = with_gradients(prefix_attention(*qkv, tree, backend="cpu", **options), qkv)
+    seen = with_gradients(prefix_attention(*qkv, tree, backend="triton", **options), qkv)
+    for ours, right in zip(seen, truth, strict=True):
+        assert error(ours, right.detach().double()) < 1e-5
+
+
 def test_gradcheck():
     made = forest([5, 3, 4, 2, 6], [-1, 0, 1, 1, 0])
     for window in (None, 4):

@@ -1,12 +1,18 @@
-"""Sampling with `generate`: the ids that come back are the ids that were sampled, all of them."""
+"""Rollouts: the ids that come back are the ids that were sampled, all of them, tools or not."""
 
 import copy
+import threading
+from typing import ClassVar
 
 import pytest
 import torch
 
+from fdfast.errors import InputError, MachineError
+from fdfast.lean.tools import ToolResult
 from fdfast.models import load_model
 from fdfast.rollout import HFEngine, SamplingOptions
+from fdfast.rollout.hf import _Batch
+from fdfast.rollout.sampling import sample
 from tests.tiny import save_tiny_model
 
 
@@ -97,20 +103,185 @@ def test_nothing_of_the_models_generation_config_changes_the_sampling(engine, te
     assert answers == expected
 
 
-def test_where_an_answer_stopped_takes_few_looks(engine):
-    """A look at each length would decode 8,192 tokens 8,192 times."""
-    ids = engine.tokenizer("x" * 2000).input_ids + engine.tokenizer("END and more").input_ids
-    looks = []
+def logprobs_of_the_whole(engine, prompt, trajectory, temperature=1.0):
+    """What one pass over prompt and trajectory says of each id that the model wrote."""
+    ids = torch.tensor([[*prompt, *trajectory.ids]])
+    with torch.no_grad():
+        logits = engine.model(ids).logits[0, len(prompt) - 1 : -1].float() / temperature
+    every = logits.log_softmax(-1).gather(1, torch.tensor(trajectory.ids)[:, None])[:, 0]
+    return torch.where(torch.tensor(trajectory.wrote), every, 0.0)
 
-    class Counting:
-        def decode(self, ids, **options):
-            looks.append(len(ids))
-            return engine.tokenizer.decode(ids, **options)
 
-    counted = HFEngine(engine.model, engine.tokenizer)
-    counted.tokenizer = Counting()
-    stopped = counted._stopped_at(ids, ["END"])
-    assert "END" in engine.tokenizer.decode(ids[:stopped])
-    assert "END" not in engine.tokenizer.decode(ids[: stopped - 1])
-    assert len(looks) <= 2 + len(ids).bit_length()
-    assert counted._stopped_at(ids, ["NEVER"]) is None
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_log_probs_are_the_samplers_own(engine, temperature):
+    options = SamplingOptions(max_completion_length=20, temperature=temperature, top_k=50)
+    asked = prompts(engine) * 2  # eight rows in a batch of three: they come and go
+    for prompt, seen in zip(asked, engine.generate(asked, options, seed=3), strict=True):
+        right = logprobs_of_the_whole(engine, prompt, seen, temperature)
+        torch.testing.assert_close(torch.tensor(seen.logprobs), right, rtol=0, atol=1e-4)
+        assert seen.wrote == [True] * len(seen.ids)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.4}, {"top_k": 40, "top_p": 0.5}])
+def test_the_nucleus_holds_and_is_drawn_from_as_it_should(options):
+    torch.manual_seed(0)
+    logits = torch.randn(50) * 2
+    chosen = SamplingOptions(temperature=0.8, **options)
+    probs = (logits / 0.8).softmax(-1)
+    ranked, order = probs.sort(descending=True)
+    kept = ranked.cumsum(-1) - ranked < chosen.top_p
+    kept[chosen.top_k or 50 :] = False
+    expected = torch.zeros(50).scatter(0, order, torch.where(kept, ranked, 0.0))
+    expected /= expected.sum()
+    count = 20_000
+    generators = [torch.Generator().manual_seed(i) for i in range(count)]
+    tokens, logprobs = sample(logits.expand(count, 50), chosen, generators)
+    share = torch.bincount(torch.tensor(tokens), minlength=50) / count
+    assert (share[expected == 0] == 0).all()
+    assert (share - expected).abs().max() < 0.02
+    assert torch.allclose(torch.tensor(logprobs), probs.log()[torch.tensor(tokens)])
+
+
+class Echo:
+    """A tool that says what it was asked, after `before` is done."""
+
+    schemas: ClassVar[list] = []
+
+    def __init__(self, before=lambda: None):
+        self.before = before
+
+    def call(self, name, arguments):
+        self.before()
+        return ToolResult(f"{name} was asked {arguments}", 0.5, ok=True)
+
+
+CALL = '<tool_call>{"name": "echo", "arguments": {"x": "∀ x ∈ β"}}</tool_call>'
+
+
+@pytest.fixture
+def scripted(engine, monkeypatch):
+    """Makes the model write given texts, a turn each; the log-probs stay the model's."""
+
+    def set_up(turns_of):
+        left = {}
+
+        def scripted_sample(logits, options, generators):
+            tokens = []
+            for generator in generators:
+                number = generator.initial_seed() % 1_000_003
+                if number not in left:
+                    left[number] = [
+                        token
+                        for turn in turns_of(number)
+                        for token in [*engine.tokenizer(turn).input_ids, engine.end_ids[0]]
+                    ]
+                tokens.append(left[number].pop(0))
+            logprobs = logits.log_softmax(-1)
+            return tokens, [float(logprobs[i, t]) for i, t in enumerate(tokens)]
+
+        monkeypatch.setattr("fdfast.rollout.hf.sample", scripted_sample)
+
+    return set_up
+
+
+def test_tools_answer_between_turns_and_ids_are_what_was_sampled(engine, scripted):
+    turns = {0: [CALL, "Now it is proved."], 1: ["Nothing to ask."], 2: [CALL + CALL, CALL, "x"]}
+    scripted(lambda number: turns[number])
+    asked = prompts(engine)[:3]
+    options = SamplingOptions(max_completion_length=400)
+    seen = engine.generate(asked, options, seed=0, tools=lambda _number: Echo())
+    for number, (prompt, trajectory) in enumerate(zip(asked, seen, strict=True)):
+        written = [i for i, wrote in zip(trajectory.ids, trajectory.wrote, strict=True) if wrote]
+        expected = [engine.tokenizer(turn).input_ids for turn in turns[number]]
+        assert written == [i for turn in expected for i in [*turn, engine.end_ids[0]]]
+        right = logprobs_of_the_whole(engine, prompt, trajectory)
+        torch.testing.assert_close(torch.tensor(trajectory.logprobs), right, rtol=0, atol=1e-4)
+        assert trajectory.text == turns[number][-1]
+        assert trajectory.end == "stop"
+    assert [len(t.tool_calls) for t in seen] == [1, 0, 3]
+    [call] = seen[0].tool_calls
+    assert (call.name, call.ok, call.seconds) == ("echo", True, 0.5)
+    answer = [i for i, wrote in zip(seen[0].ids, seen[0].wrote, strict=True) if not wrote]
+    told = engine.tokenizer.decode(answer)
+    assert told == (f"\n<|im_start|>tool\n{call.output}<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_the_others_go_on_while_one_waits_for_its_tool(engine, scripted):
+    """The tool answers when the last of the others is done: in lock-step nobody would ever be."""
+    finished = threading.Event()
+    scripted(lambda number: [CALL, "a"] if number == 0 else ["some words"] * 1)
+    engine_turns = []
+
+    def tools(number):
+        def wait():
+            assert finished.wait(30)
+
+        return Echo(wait)
+
+    original = _Batch._goes_on
+
+    def goes_on(self, row, cache, place):
+        result = original(self, row, cache, place)
+        engine_turns.append(row.number)
+        if len(self.done) == 7:
+            finished.set()
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Batch, "_goes_on", goes_on)
+        seen = engine.generate(
+            prompts(engine) * 2, SamplingOptions(max_completion_length=99), seed=0, tools=tools
+        )
+    assert [t.end for t in seen] == ["stop"] * 8
+    assert seen[0].waited_s > 0
+    assert engine_turns[-1] == 0
+
+
+def test_limits_of_tools(engine, scripted):
+    scripted(lambda number: [CALL] * 9)
+    asked = prompts(engine)[:1]
+    options = SamplingOptions(max_completion_length=900, max_tool_rounds=2, max_tool_tokens=10)
+    [seen] = engine.generate(asked, options, seed=0, tools=lambda _number: Echo())
+    assert (seen.end, len(seen.tool_calls)) == ("tool_limit", 2)
+    told = engine.tokenizer.decode(
+        [i for i, wrote in zip(seen.ids, seen.wrote, strict=True) if not wrote]
+    )
+    assert "tokens are left out ...]" in told
+    assert seen.tool_calls[0].output not in told
+
+
+def test_what_is_no_call_is_told_to_the_model(engine, scripted):
+    scripted(lambda number: ["<tool_call>{oops</tool_call>", '<tool_call>{"a": 1}', "end"])
+    [seen] = engine.generate(
+        prompts(engine)[:1],
+        SamplingOptions(max_completion_length=200),
+        seed=0,
+        tools=lambda _number: Echo(),
+    )
+    assert [(c.name, c.ok) for c in seen.tool_calls] == [("", False)] * 2
+    assert seen.tool_calls[0].output.startswith("the call is not JSON")
+    assert seen.tool_calls[1].output.startswith('a call is {"name": ...')
+
+
+def test_a_fault_of_the_machine_in_a_tool_ends_the_rollout(engine, scripted):
+    scripted(lambda number: [CALL, "a"])
+
+    def broken():
+        raise MachineError("the disk is full")
+
+    with pytest.raises(MachineError, match="the disk is full"):
+        engine.generate(
+            prompts(engine)[:2],
+            SamplingOptions(max_completion_length=99),
+            seed=0,
+            tools=lambda _number: Echo(broken),
+        )
+
+
+def test_a_template_without_tools_is_refused(engine, monkeypatch):
+    template = engine.tokenizer.chat_template.replace(
+        "{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}"
+    )
+    monkeypatch.setattr(engine.tokenizer, "chat_template", template)
+    with pytest.raises(InputError, match="does not write messages of the role 'tool'"):
+        engine.generate([[5]], SamplingOptions(), seed=0, tools=lambda _number: Echo())

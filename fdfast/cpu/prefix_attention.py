@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fdfast.prefix_attention import Forest
 from fdfast.reference import statistics_dtype
+from fdfast.types import Forest
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -26,14 +26,20 @@ class _Part(NamedTuple):
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, window: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    forest: Forest,
+    scale: float,
+    sliding_window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the output (T, H, E) in the query's dtype and the log-sum-exp (H, T)."""
     T, H, _ = query.shape
     dtype = statistics_dtype(query)
     out = torch.empty(query.shape, dtype=dtype)
     lse = torch.empty((T, H), dtype=dtype)
-    if _bites(window, forest):
+    window = _biting(sliding_window, forest)
+    if window:
         _windowed_forward(query, key, value, forest, scale, window, out, lse)
         return out.to(query.dtype), lse.T.contiguous()
     q, k, v = map(_heads_first, (query, key, value))
@@ -60,12 +66,13 @@ def backward(
     lse: Tensor,
     forest: Forest,
     scale: float,
-    window: int,
+    sliding_window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value: of each part with the merged output."""
     dtype = statistics_dtype(query)
     sums = tuple(torch.zeros(x.shape, dtype=dtype) for x in (query, key, value))
-    if _bites(window, forest):
+    window = _biting(sliding_window, forest)
+    if window:
         _windowed_backward(dout, query, key, value, out, lse, forest, scale, window, sums)
     else:
         q, k, v, o, d = map(_heads_first, (query, key, value, out, dout))
@@ -82,9 +89,11 @@ def backward(
     return dq, dk, dv
 
 
-def _bites(window: int, forest: Forest) -> bool:
-    """Whether a sliding window hides anything; 0 is none."""
-    return 0 < window < len(forest.position_ids) and window <= int(forest.position_ids.max())
+def _biting(sliding_window: int | None, forest: Forest) -> int:
+    """A sliding window that hides something; 0 for none."""
+    window = sliding_window or 0
+    positions = forest.position_ids
+    return window if 0 < window < len(positions) and window <= int(positions.max()) else 0
 
 
 def _heads_first(tensor: Tensor) -> Tensor:

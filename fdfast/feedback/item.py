@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from fdfast.data.problems import Problem
 from fdfast.lean import Verdict
+from fdfast.rollout import ToolCall
 
 
 @dataclass(frozen=True)
@@ -12,11 +13,11 @@ class FeedbackItem:
 
     Attributes:
         problem: what was attempted.
-        attempt: all that the model wrote.
+        attempt: the model's answer; with tools its last turn.
         verdict: Lean's, or None if Lean was not asked.
-        truncated: whether the attempt ran into its length limit.
+        truncated: whether the attempt ran into a limit before it came to an end.
         tools: names of the tools that the model could call.
-        trace: the tool calls and their outputs, as text.
+        tool_calls: those it made, in order.
     """
 
     problem: Problem
@@ -24,4 +25,4 @@ class FeedbackItem:
     verdict: Verdict | None = None
     truncated: bool = False
     tools: tuple[str, ...] = ()
-    trace: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()

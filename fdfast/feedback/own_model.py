@@ -17,7 +17,7 @@ from fdfast.feedback.prompts import (
     feedback_messages,
 )
 from fdfast.feedback.rules import broken_rule, spoken
-from fdfast.rollout import Completion, HFEngine, SamplingOptions
+from fdfast.rollout import HFEngine, SamplingOptions, Trajectory
 
 
 class Engine(Protocol):
@@ -25,8 +25,8 @@ class Engine(Protocol):
 
     def generate(
         self, prompts: Sequence[Sequence[int]], options: SamplingOptions, *, seed: int
-    ) -> list[Completion]:
-        """One completion a prompt, in order."""
+    ) -> list[Trajectory]:
+        """One trajectory a prompt, in order."""
 
 
 class AdapterEngine:
@@ -51,8 +51,8 @@ class AdapterEngine:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], options: SamplingOptions, *, seed: int
-    ) -> list[Completion]:
-        """One completion a prompt, in order; afterwards the model is as it was."""
+    ) -> list[Trajectory]:
+        """One trajectory a prompt, in order; afterwards the model is as it was."""
         model = self.engine.model
         active = model.active_adapter
         # peft's set_adapter also decides what is trained; the student's choice must survive.
@@ -149,7 +149,7 @@ class SelfFeedback:
                 return None
             limit = min(limit, len(item.attempt)) // 2
 
-    def _generate(self, chats: Sequence[list[Message]]) -> list[Completion]:
+    def _generate(self, chats: Sequence[list[Message]]) -> list[Trajectory]:
         if not chats:
             return []
         assert self.counters is not None

@@ -13,6 +13,7 @@ Message = dict[str, str]
 MAX_ATTEMPT_CHARACTERS = 24_000
 MAX_TRACE_CHARACTERS = 12_000
 MAX_HEADER_CHARACTERS = 4_000
+MAX_CALL_CHARACTERS = 2_000
 MAX_MESSAGES = 8
 MAX_MESSAGE_CHARACTERS = 1_000
 
@@ -44,8 +45,9 @@ _TOOLS = (
     "look a name up before it is relied on, check a draft before it is final."
 )
 _CUT_OFF = (
-    "- The attempt reached its length limit and was cut off. One instruction must order a shorter "
-    "way to a finished answer; keep your own instructions short, two at most."
+    "- The attempt was cut off: it reached its length limit, or its last tool call. One "
+    "instruction must order a shorter way to a finished answer; keep your own instructions short, "
+    "two at most."
 )
 _SUCCEEDED = (
     "- The attempt is correct. Order what made it work, and what would make it more direct."
@@ -89,8 +91,9 @@ def feedback_messages(
     """
     lean = item.problem.theorem is not None
     content = [_SOLUTION if allow_solution else _HINTS_ONLY.format(answer=_answer(lean))]
-    if item.tools:
-        content.append(_TOOLS.format(tools=", ".join(item.tools)))
+    tools = item.tools or sorted({call.name for call in item.tool_calls if call.ok})
+    if tools:
+        content.append(_TOOLS.format(tools=", ".join(tools)))
     if item.truncated:
         content.append(_CUT_OFF)
     if item.verdict is not None and item.verdict.proved:
@@ -108,8 +111,8 @@ def feedback_messages(
         _tagged("problem", item.problem.prompt),
         _tagged("attempt", cut_middle(item.attempt.strip(), max_attempt_characters) or "(nothing)"),
     ]
-    if item.trace:
-        parts.append(_tagged("tool_calls", cut_middle(item.trace, MAX_TRACE_CHARACTERS)))
+    if item.tool_calls:
+        parts.append(_tagged("tool_calls", cut_middle(_trace(item), MAX_TRACE_CHARACTERS)))
     if item.verdict is not None:
         parts.append(_tagged("verdict", _verdict_text(item)))
     # One user turn: a few chat templates know no system role.
@@ -138,6 +141,15 @@ def _tagged(tag: str, text: str) -> str:
     """The text between tags; it can't close them itself, and is valid Unicode."""
     text = text.encode("utf-8", "replace").decode("utf-8")
     return f"<{tag}>\n{text.replace(f'</{tag}>', f'< /{tag}>')}\n</{tag}>"
+
+
+def _trace(item: FeedbackItem) -> str:
+    """The calls with their outputs, in order."""
+    return "\n\n".join(
+        f"{call.name or '(no call)'}({cut_middle(call.arguments, MAX_CALL_CHARACTERS)})\n"
+        f"-> {cut_middle(call.output, MAX_CALL_CHARACTERS)}"
+        for call in item.tool_calls
+    )
 
 
 def _verdict_text(item: FeedbackItem) -> str:

@@ -1,6 +1,6 @@
 """Rollouts: prompts in, the student's own tokens out. One interface for every engine."""
 
-from fdfast.rollout.completion import Completion, SamplingOptions
 from fdfast.rollout.hf import HFEngine
+from fdfast.rollout.trajectory import SamplingOptions, ToolCall, Tools, Trajectory
 
-__all__ = ["Completion", "HFEngine", "SamplingOptions"]
+__all__ = ["HFEngine", "SamplingOptions", "ToolCall", "Tools", "Trajectory"]

@@ -13,7 +13,7 @@ from fdfast.data.problems import Problem
 from fdfast.errors import InputError
 from fdfast.feedback.prompts import teacher_template
 from fdfast.packing import PrefixTree
-from fdfast.rollout import Completion
+from fdfast.rollout import Trajectory
 from fdfast.trainer.config import TrainConfig
 
 _TORN = "\ufffd"
@@ -27,7 +27,7 @@ class Attempt:
 
     problem: Problem
     prompt_ids: list[int]
-    completion: Completion
+    completion: Trajectory
     teacher_prompt_ids: list[int]
     feedback: str | None = ""
     feedback_clipped: bool = False
@@ -99,14 +99,19 @@ class Prompts:
 
 
 def completion_tree(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    trained: Sequence[Sequence[bool]] | None = None,
 ) -> PrefixTree:
     """The pack of prompts with their completions; its targets are the completions' tokens.
 
     Args:
         prompts: token ids, B lists, none empty.
         completions: token ids, B lists.
+        trained: for each completion, which of its tokens are targets (tools' answers are none);
+            None: all.
     """
+    trained = trained or [[True] * len(completion) for completion in completions]
     sequences = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
-    masks = [[False] * len(p) + [True] * len(c) for p, c in zip(prompts, completions, strict=True)]
+    masks = [[False] * len(p) + [*t] for p, t in zip(prompts, trained, strict=True)]
     return PrefixTree.from_sequences(sequences, masks)

@@ -332,7 +332,13 @@ def _with_feedback(
         MachineError: it failed for all of them.
     """
     items = [
-        FeedbackItem(a.problem, a.completion.text, verdict, truncated=a.completion.truncated)
+        FeedbackItem(
+            a.problem,
+            a.completion.text,
+            verdict,
+            truncated=a.completion.truncated,
+            tool_calls=tuple(a.completion.tool_calls),
+        )
         for a, verdict in zip(attempts, verdicts, strict=True)
     ]
     counters = run.provider.counters

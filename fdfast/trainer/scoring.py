@@ -39,7 +39,7 @@ class Scorer:
         Returns:
             Sums of `loss` and `num_tokens`, means of the loss's other metrics over the tokens.
         """
-        num_tokens = sum(len(a.completion.ids) for a in attempts)
+        num_tokens = sum(a.completion.num_sampled for a in attempts)
         totals: dict[str, float] = {}
         for student, teacher in self._packs(attempts):
             part = _Part(self, student, self._evidence(teacher), num_tokens, totals)
@@ -120,7 +120,8 @@ class _Part:
 def _trees(attempts: Sequence[Attempt]) -> tuple[PrefixTree, PrefixTree]:
     """The student's and the teacher's."""
     completions = [a.completion.ids for a in attempts]
+    wrote = [a.completion.wrote for a in attempts]
     return (
-        completion_tree([a.prompt_ids for a in attempts], completions),
-        completion_tree([a.teacher_prompt_ids for a in attempts], completions),
+        completion_tree([a.prompt_ids for a in attempts], completions, wrote),
+        completion_tree([a.teacher_prompt_ids for a in attempts], completions, wrote),
     )
