@@ -3,12 +3,15 @@
 Source: Feedback Distillation (2026), arXiv 2605.30861, its list of feedback sources.
 """
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from fdfast.data.problems import Problem
+from fdfast.data.problems import Problem, proof_text
 from fdfast.errors import InputError
+from fdfast.feedback.item import FeedbackItem
+from fdfast.feedback.ledger import FeedbackCounters
 from fdfast.lean import Verdict
 
 # A proof that fails in thirty places is mended at the first few, and the head of a message says it.
@@ -17,16 +20,41 @@ MAX_MESSAGE_CHARACTERS = 500
 
 
 class FeedbackProvider(Protocol):
-    """What the teacher is told about an attempt; "" for nothing."""
+    """What the teacher is told about attempts."""
 
+    @property
+    def counters(self) -> FeedbackCounters | None:
+        """What it has done so far; None where there is nothing to count."""
+
+    @property
+    def last_failure(self) -> str:
+        """Why an attempt got no feedback, the latest; "" if all did."""
+
+    def feedback_many(self, items: Sequence[FeedbackItem]) -> list[str | None]:
+        """Feedback on each attempt, in order: "" for nothing to say, None for an attempt that is to
+        be left out since its feedback failed.
+        """
+
+
+class PerAttempt(ABC):
+    """A provider that looks at one attempt at a time, and never fails."""
+
+    counters: FeedbackCounters | None = None
+    last_failure: str = ""
+
+    @abstractmethod
     def __call__(self, problem: Problem, attempt: str, verdict: Verdict | None) -> str:
         """Feedback on `attempt` at `problem`, on which Lean said `verdict` (None: Lean was not
         asked).
         """
 
+    def feedback_many(self, items: Sequence[FeedbackItem]) -> list[str | None]:
+        """Feedback on each attempt, in order."""
+        return [self(i.problem, proof_text(i.attempt), i.verdict) for i in items]
+
 
 @dataclass(frozen=True)
-class Constant:
+class Constant(PerAttempt):
     """The same text for every attempt: "Be concise.", say."""
 
     text: str
@@ -37,7 +65,7 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Verifier:
+class Verifier(PerAttempt):
     """The attempt and what Lean said of it; of a proof, that it is one."""
 
     def __call__(self, problem: Problem, attempt: str, verdict: Verdict | None) -> str:
@@ -56,7 +84,7 @@ class Verifier:
 
 
 @dataclass(frozen=True)
-class Solution:
+class Solution(PerAttempt):
     """A known correct proof."""
 
     def __call__(self, problem: Problem, attempt: str, verdict: Verdict | None) -> str:
@@ -66,6 +94,34 @@ class Solution:
                 f"feedback 'solution': problem {problem.name} has no field 'proof' in its data set"
             )
         return f"A correct proof is:\n{problem.theorem.proof}"
+
+
+class WithFallback:
+    """A provider whose failures another one takes over.
+
+    Args:
+        provider: asked first.
+        fallback: asked about the attempts on which the first one failed.
+    """
+
+    def __init__(self, provider: FeedbackProvider, fallback: FeedbackProvider) -> None:
+        self.provider, self.fallback = provider, fallback
+        self.counters, self.last_failure = provider.counters, ""
+
+    def feedback_many(self, items: Sequence[FeedbackItem]) -> list[str | None]:
+        """Feedback on each attempt, in order; None where both failed."""
+        texts = self.provider.feedback_many(items)
+        self.last_failure = self.provider.last_failure
+        failed = [index for index, text in enumerate(texts) if text is None]
+        if not failed:
+            return texts
+        others = self.fallback.feedback_many([items[index] for index in failed])
+        for index, text in zip(failed, others, strict=True):
+            texts[index] = text
+        if self.counters is not None:
+            self.counters.fallback += sum(text is not None for text in others)
+        self.last_failure = self.fallback.last_failure or self.last_failure
+        return texts
 
 
 PROVIDERS: dict[str, Callable[[str], FeedbackProvider]] = {

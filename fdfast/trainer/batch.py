@@ -11,20 +11,25 @@ from typing import Any
 
 from fdfast.data.problems import Problem
 from fdfast.errors import InputError
+from fdfast.feedback.prompts import teacher_template
 from fdfast.packing import PrefixTree
 from fdfast.rollout import Trajectory
 from fdfast.trainer.config import TrainConfig
 
+_TORN = "\ufffd"
+
 
 @dataclass(frozen=True)
 class Attempt:
-    """One rollout with what the teacher is told about it."""
+    """One rollout with what the teacher is told about it; of an attempt whose feedback failed
+    `feedback` is None, and it is not trained on.
+    """
 
     problem: Problem
     prompt_ids: list[int]
     completion: Trajectory
     teacher_prompt_ids: list[int]
-    feedback: str = ""
+    feedback: str | None = ""
     feedback_clipped: bool = False
 
 
@@ -33,6 +38,8 @@ class Prompts:
 
     def __init__(self, tokenizer: Any, config: TrainConfig) -> None:
         self.tokenizer, self.config = tokenizer, config
+        own = teacher_template(config.feedback, config.feedback_position)
+        self.teacher_template = config.feedback_template or own
 
     def student(self, problem: Problem) -> list[int]:
         """The plain prompt.
@@ -58,9 +65,7 @@ class Prompts:
         prompt = self.config.prompt_template.replace("{prompt}", problem.prompt)
         parts = {"{prompt}": prompt, "{feedback}": feedback}
         # In one pass: what a text holds is never taken for a mark.
-        user = re.sub(
-            r"\{prompt\}|\{feedback\}", lambda m: parts[m[0]], self.config.feedback_template
-        )
+        user = re.sub(r"\{prompt\}|\{feedback\}", lambda m: parts[m[0]], self.teacher_template)
         return self._ids(problem, user), clipped
 
     def _fit(self, feedback: str) -> tuple[str, bool]:
@@ -72,7 +77,9 @@ class Prompts:
         if len(ids) <= limit:
             return feedback, False
         head, tail = ids[: (limit + 1) // 2], ids[len(ids) - limit // 2 :]
-        return f"{self.tokenizer.decode(head)} [...] {self.tokenizer.decode(tail)}", True
+        # A cut within a character leaves U+FFFD where it was.
+        begin, end = self.tokenizer.decode(head), self.tokenizer.decode(tail)
+        return f"{begin.rstrip(_TORN)} [...] {end.lstrip(_TORN)}", True
 
     def _ids(self, problem: Problem, user: str) -> list[int]:
         messages = [{"role": "system", "content": self.config.system_prompt}]

@@ -121,6 +121,14 @@ def _writing(path: Path, tensors: list[Tensor]) -> Iterator[None]:
 
 # A resumed run is the run that never stopped only with the same settings; these change no number.
 MAY_CHANGE = {
+    "feedback_api_key_env",
+    "feedback_base_url",
+    "feedback_budget_tokens",
+    "feedback_budget_usd",
+    "feedback_max_concurrency",
+    "feedback_max_retries",
+    "feedback_prices_usd",
+    "feedback_timeout_s",
     "lean_workers",
     "max_steps",
     "model_name_or_path",

@@ -12,7 +12,8 @@ from typing import Any, Literal, get_origin
 from fdfast.dispatch import BACKENDS
 from fdfast.divergences import TABLE, TAILS
 from fdfast.errors import InputError, MachineError
-from fdfast.feedback import PROVIDERS
+from fdfast.feedback import SOURCES
+from fdfast.trainer.feedback import check_feedback
 from fdfast.trainer.presets import PRESETS
 from fdfast.types import DEFAULT_WORKSPACE_MB
 
@@ -39,10 +40,28 @@ class TrainConfig:
         prompt_template: the user's message; {prompt} is the problem.
         examples: worked examples as chat turns before the problem: [question, answer] pairs.
         completion_prefix: begins the assistant's turn, given and not trained; {prompt} as above.
-        feedback: constant, verifier or solution.
+        feedback: constant, verifier, solution, llm (a model behind an OpenAI-compatible chat
+            endpoint) or self (the model itself).
         feedback_text: the constant's sentence.
-        feedback_template: the user's message to the teacher; {prompt} as above (already in its
-            own template) and {feedback}. The paper does not say where the feedback stands.
+        feedback_position: where it stands in the user's message to the teacher, end or start; the
+            paper does not say.
+        feedback_template: that whole message in your words instead; {prompt} as above (already in
+            its own template) and {feedback}. "" for the source's own at feedback_position.
+        feedback_on_failure: of llm or self: skip leaves the attempt out of the step, another source
+            steps in.
+        feedback_allow_solution: whether llm and self may say the solution.
+        feedback_max_completion_length: tokens that llm or self may write, thinking included.
+        feedback_self_model: who is self: the initial model as in the paper (of a moving teacher a
+            second copy in memory, read from model_name_or_path again at --resume), or the teacher.
+        feedback_base_url: of llm's API, with its version: http://127.0.0.1:8000/v1, say.
+        feedback_model: its name there.
+        feedback_api_key_env: the environment variable with the key; "" sends none.
+        feedback_max_concurrency: requests at once.
+        feedback_max_retries: requests sent again for one answer, after an error.
+        feedback_timeout_s: seconds that one request may take.
+        feedback_prices_usd: US dollars per million tokens of prompts and of answers.
+        feedback_budget_tokens: of this process in all; 0 for no limit. Cached answers cost nothing.
+        feedback_budget_usd: likewise.
 
         prompts_per_step: problems a step.
         num_generations: attempts a problem.
@@ -110,7 +129,21 @@ class TrainConfig:
     completion_prefix: str = ""
     feedback: str = "verifier"
     feedback_text: str = ""
-    feedback_template: str = "{feedback}\n\n{prompt}"
+    feedback_position: Literal["end", "start"] = "end"
+    feedback_template: str = ""
+    feedback_on_failure: str = "skip"
+    feedback_allow_solution: bool = False
+    feedback_max_completion_length: int = 2048
+    feedback_self_model: Literal["initial", "teacher"] = "initial"
+    feedback_base_url: str = ""
+    feedback_model: str = ""
+    feedback_api_key_env: str = "OPENAI_API_KEY"
+    feedback_max_concurrency: int = 16
+    feedback_max_retries: int = 5
+    feedback_timeout_s: float = 120.0
+    feedback_prices_usd: tuple[float, float] = (0.0, 0.0)
+    feedback_budget_tokens: int = 0
+    feedback_budget_usd: float = 0.0
 
     prompts_per_step: int = 128
     num_generations: int = 1
@@ -192,7 +225,8 @@ class TrainConfig:
             ("divergence", self.divergence, tuple(TABLE)),
             ("tail", self.tail, TAILS),
             ("backend", self.backend, BACKENDS),
-            ("feedback", self.feedback, tuple(PROVIDERS)),
+            ("feedback", self.feedback, SOURCES),
+            ("feedback_on_failure", self.feedback_on_failure, ("skip", *SOURCES)),
         ):
             if value not in known:
                 raise InputError(f"config: {name} must be one of {', '.join(known)}; got {value!r}")
@@ -207,20 +241,7 @@ class TrainConfig:
         """The rules of the texts, and of what goes with what."""
         if not self.output_dir.strip():
             raise InputError("config: output_dir must name a folder; got ''")
-        if self.feedback == "constant" and not self.feedback_text.strip():
-            raise InputError(
-                "config: feedback 'constant' wants feedback_text, the sentence for the teacher"
-            )
-        if self.task == "chat" and self.feedback in ("verifier", "solution"):
-            raise InputError(
-                f"config: feedback {self.feedback!r} wants task 'lean'; with task 'chat' take "
-                "feedback=constant and a feedback_text"
-            )
-        for mark in ("{prompt}", "{feedback}"):
-            if mark not in self.feedback_template:
-                raise InputError(
-                    f"config: feedback_template must contain {mark}; got {self.feedback_template!r}"
-                )
+        check_feedback(self)
         if "{prompt}" not in self.prompt_template + self.completion_prefix:
             raise InputError(
                 "config: prompt_template or completion_prefix must contain {prompt}; "
@@ -234,6 +255,8 @@ _AT_LEAST_ONE = (
     "num_generations_eval",
     "max_prompt_length",
     "max_feedback_length",
+    "feedback_max_completion_length",
+    "feedback_max_concurrency",
     "max_completion_length",
     "generation_batch_size",
     "lean_workers",
@@ -242,6 +265,9 @@ _AT_LEAST_ONE = (
     "max_pass_tokens",
 )
 _NOT_NEGATIVE = (
+    "feedback_max_retries",
+    "feedback_budget_tokens",
+    "feedback_budget_usd",
     "top_k",
     "teacher_top_k",
     "entropy_coef",
@@ -254,6 +280,7 @@ _NOT_NEGATIVE = (
     "save_total_limit",
 )
 _POSITIVE = (
+    "feedback_timeout_s",
     "temperature",
     "loss_temperature",
     "top_p",

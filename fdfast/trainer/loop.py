@@ -17,7 +17,7 @@ import torch
 from fdfast.data import base_theorems_path
 from fdfast.data.problems import Problem, proof_text, questions_path, read_problems
 from fdfast.errors import InputError, MachineError
-from fdfast.feedback import FeedbackProvider, feedback_provider
+from fdfast.feedback import FeedbackItem, FeedbackProvider
 from fdfast.interrupts import sigterm_as_interrupt, uninterrupted
 from fdfast.lean import LeanPool, Verdict
 from fdfast.losses import FeedbackDistillationLoss
@@ -34,6 +34,7 @@ from fdfast.trainer.checkpoint import (
     save_final_model,
 )
 from fdfast.trainer.config import TrainConfig
+from fdfast.trainer.feedback import check_key, make_provider
 from fdfast.trainer.master import MasterWeights
 from fdfast.trainer.metrics import Clock, MetricsLog, read_jsonl, records, step_line, summary
 from fdfast.trainer.scoring import Scorer
@@ -60,7 +61,7 @@ def train(
     newest = _check_folder(folder, resume=resume)
     if newest is not None:
         check_settings(config, newest)
-    provider = feedback_provider(config.feedback, config.feedback_text)
+    check_key(config)
     problems = _problems(config, config.dataset_split)
     held_out = _problems(config, config.eval_split) if config.eval_num_prompts else []
     with (
@@ -80,7 +81,7 @@ def train(
             state=state,
             problems=problems,
             held_out=held_out[: config.eval_num_prompts],
-            provider=provider,
+            provider=make_provider(config, state.teacher.model, state.tokenizer),
             engine=HFEngine(state.model, state.tokenizer, batch_size=config.generation_batch_size),
             lean=lean,
             prompts=prompts,
@@ -161,9 +162,9 @@ def _train(run: _Run) -> None:
         with clock("verify"):
             verdicts = _verify(attempts, run.lean)
         with clock("feedback"):
-            attempts = _with_feedback(run, attempts, verdicts)
+            attempts, counts = _with_feedback(run, attempts, verdicts)
         with clock("update"):
-            metrics = _gradients(run, attempts)
+            metrics = _gradients(run, attempts) | counts
         with uninterrupted():  # from here to the lines on disk all happens or nothing does
             state.num_tokens += int(metrics["num_tokens"])  # cumulative, as TRL counts
             metrics |= _update(state, config) | {"num_tokens": state.num_tokens}
@@ -186,9 +187,9 @@ def _evaluate(run: _Run) -> None:
     num_generations = run.config.num_generations_eval
     attempts = _roll_out(run, run.held_out, num_generations, seed=_seed(run.config, -1))
     verdicts = _verify(attempts, run.lean)
-    attempts = _with_feedback(run, attempts, verdicts)
+    attempts, counts = _with_feedback(run, attempts, verdicts)
     with torch.no_grad():
-        metrics = run.scorer.score(attempts, backward=False)
+        metrics = run.scorer.score(_told(attempts), backward=False) | counts
     metrics |= summary(attempts, verdicts, num_generations)
     step = run.state.step
     run.log.write_evaluation(step, metrics, records(attempts, verdicts, step))
@@ -324,17 +325,49 @@ def _verify(attempts: list[Attempt], lean: LeanPool | None) -> list[Verdict | No
 
 def _with_feedback(
     run: _Run, attempts: list[Attempt], verdicts: list[Verdict | None]
-) -> list[Attempt]:
+) -> tuple[list[Attempt], dict[str, float]]:
+    """The attempts with their feedback, None where it failed, and what the provider counted.
+
+    Raises:
+        MachineError: it failed for all of them.
+    """
+    items = [
+        FeedbackItem(
+            a.problem,
+            a.completion.text,
+            verdict,
+            truncated=a.completion.truncated,
+            tool_calls=tuple(a.completion.tool_calls),
+        )
+        for a, verdict in zip(attempts, verdicts, strict=True)
+    ]
+    counters = run.provider.counters
+    before = None if counters is None else dataclasses.replace(counters)
+    texts = run.provider.feedback_many(items)
+    if all(text is None for text in texts):
+        raise MachineError(
+            f"step {run.state.step + 1}: feedback {run.config.feedback!r} failed for all "
+            f"{len(texts)} attempts; the latest: {run.provider.last_failure}; mend that, or let "
+            "another source step in (feedback_on_failure), and --resume"
+        )
     told = []
-    for attempt, verdict in zip(attempts, verdicts, strict=True):
-        feedback = run.provider(attempt.problem, proof_text(attempt.completion.text), verdict)
-        ids, clipped = run.prompts.teacher(attempt.problem, feedback)
+    for attempt, text in zip(attempts, texts, strict=True):
+        ids, clipped = attempt.teacher_prompt_ids, False
+        if text is not None:
+            ids, clipped = run.prompts.teacher(attempt.problem, text)
         told.append(
             dataclasses.replace(
-                attempt, teacher_prompt_ids=ids, feedback=feedback, feedback_clipped=clipped
+                attempt, teacher_prompt_ids=ids, feedback=text, feedback_clipped=clipped
             )
         )
-    return told
+    if counters is None or before is None:
+        return told, {}
+    return told, counters.metrics_since(before)
+
+
+def _told(attempts: list[Attempt]) -> list[Attempt]:
+    """Those that are trained on: their feedback did not fail."""
+    return [a for a in attempts if a.feedback is not None]
 
 
 def _gradients(run: _Run, attempts: list[Attempt]) -> dict[str, float]:
@@ -342,7 +375,7 @@ def _gradients(run: _Run, attempts: list[Attempt]) -> dict[str, float]:
     torch.manual_seed(_seed(run.config, run.state.step))  # of dropout, where a model has it
     run.state.model.train()
     run.state.optimizer.zero_grad(set_to_none=True)
-    return run.scorer.score(attempts, backward=True)
+    return run.scorer.score(_told(attempts), backward=True)
 
 
 def _learning_rate(config: TrainConfig, step: int) -> float:

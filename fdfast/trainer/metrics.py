@@ -92,6 +92,7 @@ def summary(
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": sum(a.completion.truncated for a in attempts) / len(attempts),
         "feedback/clipped_ratio": sum(a.feedback_clipped for a in attempts) / len(attempts),
+        "feedback/skipped_ratio": sum(a.feedback is None for a in attempts) / len(attempts),
     }
     known = [v for v in verdicts if v is not None]
     if known:

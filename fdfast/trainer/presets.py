@@ -13,6 +13,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "system_prompt": "You are helpful.",
         "feedback": "constant",
         "feedback_text": "Be concise: answer in one short sentence.",
+        "feedback_position": "start",
         "prompts_per_step": 8,
         "max_completion_length": 48,
         "temperature": 0.7,
@@ -42,6 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "theorem e4 : Eq (Nat.add 3 4) 7 := rfl\n{prompt}"
         ),
         "feedback": "verifier",
+        "feedback_position": "start",
         "prompts_per_step": 8,
         "max_completion_length": 16,
         "stop_strings": ("\n",),

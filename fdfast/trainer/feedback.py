@@ -1,0 +1,135 @@
+"""The provider that a run's settings name, and the rules between those settings."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from fdfast.errors import InputError
+from fdfast.feedback import (
+    FeedbackProvider,
+    LLMFeedback,
+    LLMSettings,
+    Prices,
+    SelfFeedback,
+    WithFallback,
+    feedback_provider,
+)
+from fdfast.feedback.chat_endpoint import api_key
+from fdfast.models import load_model
+from fdfast.rollout import HFEngine, SamplingOptions
+
+if TYPE_CHECKING:
+    from fdfast.trainer.config import TrainConfig
+
+
+def check_feedback(config: "TrainConfig") -> None:
+    """The rules between the settings of feedback.
+
+    Raises:
+        InputError: one is broken.
+    """
+    sources, failing = _sources(config), config.feedback in ("llm", "self")
+    if "constant" in sources and not config.feedback_text.strip():
+        raise InputError(
+            "config: feedback 'constant' wants feedback_text, the sentence for the teacher"
+        )
+    for source in sources:
+        if config.task == "chat" and source in ("verifier", "solution"):
+            raise InputError(
+                f"config: feedback {source!r} wants task 'lean'; with task 'chat' take "
+                "feedback=constant and a feedback_text"
+            )
+    if config.feedback_on_failure != "skip" and not failing:
+        raise InputError(
+            f"config: feedback_on_failure is for feedback llm and self, {config.feedback!r} never "
+            f"fails; got {config.feedback_on_failure!r}"
+        )
+    if config.feedback_on_failure == config.feedback:
+        raise InputError(
+            f"config: feedback_on_failure must be skip or another source than feedback; got "
+            f"{config.feedback_on_failure!r} for both"
+        )
+    if not all(math.isfinite(p) and p >= 0 for p in config.feedback_prices_usd):
+        raise InputError(
+            "config: feedback_prices_usd must be two numbers, not negative; got "
+            f"{config.feedback_prices_usd}"
+        )
+    if "llm" in sources:
+        _llm_settings(config)
+    for mark in ("{prompt}", "{feedback}"):
+        if config.feedback_template and mark not in config.feedback_template:
+            raise InputError(
+                f"config: feedback_template must contain {mark}; got {config.feedback_template!r}"
+            )
+
+
+def check_key(config: "TrainConfig") -> None:
+    """Refuse a run whose endpoint wants a key that is not there, before a model is loaded.
+
+    Raises:
+        InputError: it is not.
+    """
+    if "llm" in _sources(config):
+        api_key(config.feedback_api_key_env)
+
+
+def make_provider(config: "TrainConfig", teacher: Any, tokenizer: Any) -> FeedbackProvider:
+    """The provider of `config.feedback`, with another one for its failures if the settings say so.
+
+    Args:
+        config: of the run.
+        teacher: the model of source self, if the settings say so.
+        tokenizer: its tokenizer.
+
+    Raises:
+        InputError: the endpoint's key is missing, or the model has no chat template.
+        MachineError: a package is missing, or the cache can't be used.
+    """
+    provider, *others = [_provider(s, config, teacher, tokenizer) for s in _sources(config)]
+    return WithFallback(provider, others[0]) if others else provider
+
+
+def _sources(config: "TrainConfig") -> list[str]:
+    """The source, and the one for its failures."""
+    return [s for s in (config.feedback, config.feedback_on_failure) if s != "skip"]
+
+
+def _provider(source: str, config: "TrainConfig", teacher: Any, tokenizer: Any) -> FeedbackProvider:
+    if source == "llm":
+        return LLMFeedback(_llm_settings(config))
+    if source != "self":
+        return feedback_provider(source, config.feedback_text)
+    options = SamplingOptions(
+        max_completion_length=config.feedback_max_completion_length,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+    )
+    model = teacher
+    if config.feedback_self_model == "initial" and config.teacher_ema_alpha < 1:
+        model, _ = load_model(config.model_name_or_path, dtype=config.dtype)
+        model.requires_grad_(False)
+    return SelfFeedback(
+        HFEngine(model, tokenizer, batch_size=config.generation_batch_size),
+        tokenizer,
+        options,
+        # As long as the longest text that the student itself may come to.
+        max_prompt_length=config.max_prompt_length + config.max_completion_length,
+        allow_solution=config.feedback_allow_solution,
+        seed=config.seed,
+    )
+
+
+def _llm_settings(config: "TrainConfig") -> LLMSettings:
+    return LLMSettings(
+        base_url=config.feedback_base_url,
+        model=config.feedback_model,
+        api_key_env=config.feedback_api_key_env,
+        max_concurrency=config.feedback_max_concurrency,
+        max_retries=config.feedback_max_retries,
+        timeout_s=config.feedback_timeout_s,
+        max_completion_length=config.feedback_max_completion_length,
+        allow_solution=config.feedback_allow_solution,
+        prices=Prices(*config.feedback_prices_usd),
+        budget_tokens=config.feedback_budget_tokens,
+        budget_usd=config.feedback_budget_usd,
+    )
