@@ -38,6 +38,15 @@ SHOWN_OF_REPLIO = {
     "p99_us": "p99 us",
     "grown_mib": "MiB grown",
 }
+SHOWN_OF_PREFIXES = {
+    "wall_s": "wall s",
+    "cpu_s": "CPU s",
+    "peak_mib": "peak MiB",
+    "time_saving": "time saved x",
+    "memory_saving": "memory saved x",
+    "token_limit": "limit in tokens x",
+    "flop_limit": "limit in FLOPs x",
+}
 SHOWN = {
     "turns": "turns",
     "wall_s": "wall s",
@@ -118,9 +127,37 @@ def about(name: str) -> str:
     return sentence.rstrip(".:;")
 
 
+def prefixes(rows: list[dict[str, str]]) -> str:
+    """What sharing saves in each case, beside what it could, and the targets."""
+    ours = [row for row in rows if row["time_saving"]]
+    columns = [c for c in SHOWN_OF_PREFIXES if c in rows[0]]
+    cells = [(row["case"], *(row[c] for c in columns)) for row in ours]
+    head = ("", *(SHOWN_OF_PREFIXES[c] for c in columns))
+    first = rows[0]
+    return (
+        f"Packs that share prefixes against packs that do not, {first['shape']}; a case is prompt +"
+        f" completions x tokens:\n\n{table(head, cells)}\n\nTargets:\n\n{_targets(rows)}\n\n"
+        f"{first['machine']}, {first['threads']} thread(s), {first['versions']}; medians of turns, "
+        f"commit {first['commit']}."
+    )
+
+
+def _targets(rows: list[dict[str, str]]) -> str:
+    """The targets of all rows as a table; "" where there are none."""
+    targets = [
+        (row["case"], row["contender"], *said.rsplit(": ", 1))
+        for row in rows
+        for said in row["targets"].split("; ")
+        if said
+    ]
+    return table(("case", "contender", "target", ""), targets) if targets else ""
+
+
 def bench(rows: list[dict[str, str]]) -> str:
     """A table for each case of one machine's results, and one of its targets."""
     first = rows[0]
+    if "token_limit" in first:
+        return prefixes(rows)
     computed = "data" in first  # else commands are answered
     shown = SHOWN if computed else SHOWN_OF_REPLIO
     parts = []
@@ -141,16 +178,9 @@ def bench(rows: list[dict[str, str]]) -> str:
     for measure, heading in SHOWN.items():
         if some := [row for row in untimed if row[measure]]:
             parts.append(f"{heading[0].upper()}{heading[1:]}:\n\n{side_by_side(some, measure)}")
-    targets = [
-        (row["case"], row["contender"], *said.rsplit(": ", 1))
-        for row in rows
-        for said in row["targets"].split("; ")
-        if said
-    ]
-    if targets:
-        head = ("case", "contender", "target", "")
+    if targets := _targets(rows):
         said = "Targets, wall and CPU time both" if computed else "Targets"
-        parts.append(f"{said}:\n\n{table(head, targets)}")
+        parts.append(f"{said}:\n\n{targets}")
     where = f"{first['machine']}, {first['versions']}"
     if computed:
         where = f"{first['machine']}, {first['threads']} thread(s), {first['versions']}"
