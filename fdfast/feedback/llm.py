@@ -7,8 +7,7 @@ Source: Feedback Distillation (2026), arXiv 2605.30861, its list of feedback sou
 import asyncio
 import random
 import threading
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +65,7 @@ class LLMFeedback:
             MachineError: the cache can't be used.
         """
         with self._one_call:
-            try:
-                asyncio.get_running_loop()
-            except RuntimeError:
-                return asyncio.run(self._all(items))
-            with ThreadPoolExecutor(1) as beside:  # called from a notebook's own loop
-                return beside.submit(lambda: asyncio.run(self._all(items))).result()
+            return _run(self._all(items))
 
     async def _all(self, items: Sequence[FeedbackItem]) -> list[str | None]:
         groups: dict[str, list[int]] = {}  # equal attempts are asked about once
@@ -143,3 +137,28 @@ def _first(errors: BaseExceptionGroup[Exception]) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+def _run(work: Coroutine[Any, Any, list[str | None]]) -> list[str | None]:
+    """Await it in a loop of its own, in a thread of its own: the caller may have a loop already (a
+    notebook), and Ctrl-C or SIGTERM then strikes a wait and never the inside of the loop.
+    """
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="feedback", daemon=True)
+    thread.start()
+    try:
+        return asyncio.run_coroutine_threadsafe(work, loop).result()
+    finally:
+        asyncio.run_coroutine_threadsafe(_cancel_others(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+async def _cancel_others() -> None:
+    """End whatever else runs in this loop, and wait for its end."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()
