@@ -222,8 +222,8 @@ def test_the_others_go_on_while_one_waits_for_its_tool(engine, scripted):
 
     def goes_on(self, row, cache, place):
         result = original(self, row, cache, place)
-        engine_turns.append(row.number)
-        if len(self.done) == 7:
+        engine_turns.append(row.draft.number)
+        if len(self.turns.done) == 7:
             finished.set()
         return result
 
@@ -240,7 +240,9 @@ def test_the_others_go_on_while_one_waits_for_its_tool(engine, scripted):
 def test_limits_of_tools(engine, scripted):
     scripted(lambda number: [CALL] * 9)
     asked = prompts(engine)[:1]
-    options = SamplingOptions(max_completion_length=900, max_tool_rounds=2, max_tool_tokens=10)
+    options = SamplingOptions(
+        max_completion_length=900, max_tool_calling_iterations=2, max_tool_tokens=10
+    )
     [seen] = engine.generate(asked, options, seed=0, tools=lambda _number: Echo())
     assert (seen.end, len(seen.tool_calls)) == ("tool_limit", 2)
     told = engine.tokenizer.decode(

@@ -5,9 +5,7 @@ is next in line takes the free place.
 Legend: B rows of the batch, L positions, V vocabulary.
 """
 
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +14,15 @@ from torch import Tensor
 
 from fdfast.rollout.kv_cache import KVCache, forward
 from fdfast.rollout.sampling import sample
-from fdfast.rollout.tool_turns import Call, ToolTurns, read_calls
-from fdfast.rollout.trajectory import End, SamplingOptions, ToolCall, Tools, Trajectory
+from fdfast.rollout.trajectory import SamplingOptions, Trajectory
+from fdfast.rollout.turns import Draft, MakeTools, OnEnd, Turns, WaitFor
 
-MakeTools = Callable[[int], Tools]
+
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a turn: the model's own and the tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    return sorted({*ends, tokenizer.eos_token_id} - {None})
 
 
 class HFEngine:
@@ -44,9 +47,7 @@ class HFEngine:
     ) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.continuous, self.max_tool_threads = continuous, max_tool_threads
-        ends = model.generation_config.eos_token_id
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        self.end_ids = sorted({*ends, tokenizer.eos_token_id} - {None})
+        self.end_ids = end_ids(model, tokenizer)
 
     @torch.no_grad()
     def generate(
@@ -56,15 +57,10 @@ class HFEngine:
         *,
         seed: int,
         tools: MakeTools | None = None,
+        on_end: OnEnd | None = None,
     ) -> list[Trajectory]:
         """One trajectory a prompt, in order; the same seed gives the same ones (with tools, as far
-        as these answer the same).
-
-        Args:
-            prompts: token ids, none empty.
-            options: how to sample.
-            seed: of the whole call; the caller's random state is left as it was.
-            tools: makes the tools of prompt number n; None: there are none.
+        as these answer the same). See `Engine.generate`.
 
         Raises:
             InputError: the model's cache or the chat template does not do.
@@ -73,111 +69,78 @@ class HFEngine:
         was_training = self.model.training
         self.model.eval()
         try:
-            with ThreadPoolExecutor(self.max_tool_threads, thread_name_prefix="tool") as threads:
-                batch = _Batch(self, options, threads)
-                return batch.run([_Row(n, list(p), seed, tools) for n, p in enumerate(prompts)])
+            with Turns(
+                self.tokenizer,
+                self.end_ids,
+                options,
+                make_tools=tools,
+                on_end=on_end,
+                max_tool_threads=self.max_tool_threads,
+            ) as turns:
+                return _Batch(self, turns, seed).run(prompts)
         finally:
             self.model.train(was_training)
+
+    def update_weights(self, model: Any) -> None:
+        """Nothing to do: it samples from the trained model itself."""
+
+    def sleep(self) -> None:
+        """Nothing to do: it holds no memory between calls."""
+
+    def close(self) -> None:
+        """Nothing to do."""
 
 
 @dataclass
 class _Row:
-    """A trajectory in the making."""
+    """A place in the batch."""
 
-    number: int
-    prompt: list[int]
-    seed: int
-    make_tools: MakeTools | None
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    wrote: list[bool] = field(default_factory=list)
-    turn_start: int = 0
-    num_sampled: int = 0
-    rounds: int = 0
-    tool_calls: list[ToolCall] = field(default_factory=list)
-    waited_s: float = 0.0
+    draft: Draft
+    generator: torch.Generator  # its own: what it draws does not depend on who else is there
+    pending: list[int]  # ids that the cache does not hold yet
     cache: KVCache = field(default_factory=KVCache)
-    pending: list[int] = field(default_factory=list)  # ids that the cache does not hold yet
-
-    def __post_init__(self) -> None:
-        self.pending = list(self.prompt)
-        # Its own: what it draws does not depend on who else is in the batch.
-        self.generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.number)
-        self.tools = self.make_tools(self.number) if self.make_tools else None
-
-    def wrote_token(self, token: int, logprob: float) -> None:
-        self.ids.append(token)
-        self.logprobs.append(logprob)
-        self.wrote.append(True)
-        self.num_sampled += 1
-        self.pending = [token]
-
-    def was_told(self, ids: list[int]) -> None:
-        self.ids += ids
-        self.logprobs += [0.0] * len(ids)
-        self.wrote += [False] * len(ids)
-        self.pending += ids
-        self.turn_start = len(self.ids)
 
 
 class _Batch:
     """The scheduler of one `generate`."""
 
-    def __init__(
-        self, engine: HFEngine, options: SamplingOptions, threads: ThreadPoolExecutor
-    ) -> None:
-        self.engine, self.options, self.threads = engine, options, threads
+    def __init__(self, engine: HFEngine, turns: Turns, seed: int) -> None:
+        self.engine, self.turns, self.options, self.seed = engine, turns, turns.options, seed
         self.device = next(engine.model.parameters()).device
         self.rows: list[_Row] = []  # that are decoded, in the order of the cache
         self.cache = KVCache()
-        self.waiting: dict[Future[list[ToolCall]], tuple[_Row, float]] = {}
-        self.done: dict[int, Trajectory] = {}
-        self.turns: ToolTurns | None = None
+        self.waiting: dict[int, _Row] = {}
 
-    def run(self, queue: list[_Row]) -> list[Trajectory]:
+    def run(self, prompts: Sequence[Sequence[int]]) -> list[Trajectory]:
         """Until all are done."""
-        if any(row.tools for row in queue):
-            self.turns = ToolTurns(self.engine.tokenizer)
-        queue.reverse()
+        queue = list(enumerate(prompts))[::-1]
         back: list[_Row] = []
-        try:
-            while queue or back or self.rows or self.waiting:
-                back += self._returned()
-                fresh: list[_Row] = []
-                while (back or queue) and len(self.rows) + len(fresh) < self.engine.batch_size:
-                    fresh.append(back.pop(0) if back else queue.pop())
-                self._admit(fresh)
-                self._step()
-        finally:
-            for future in self.waiting:
-                future.cancel()
-        return [self.done[number] for number in sorted(self.done)]
+        while queue or back or self.rows or self.waiting:
+            # Whoever waits keeps its cache, so there is a limit to them.
+            may_begin = bool(queue) and len(self.waiting) < 4 * self.engine.batch_size
+            back += self._returned(idle=not (self.rows or back or may_begin))
+            fresh: list[_Row] = []
+            while (back or may_begin) and len(self.rows) + len(fresh) < self.engine.batch_size:
+                fresh.append(back.pop(0) if back else self._new_row(*queue.pop()))
+                may_begin = may_begin and bool(queue)
+            self._admit(fresh)
+            self._step()
+        return self.turns.trajectories()
 
-    def _returned(self) -> list[_Row]:
+    def _new_row(self, number: int, prompt: Sequence[int]) -> _Row:
+        draft = self.turns.begin(number, prompt)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        return _Row(draft, generator, list(prompt))
+
+    def _returned(self, *, idle: bool) -> list[_Row]:
         """The rows whose tools have answered; waited for where there is nothing else to do."""
-        if not self.waiting:
-            return []
-        if not self.engine.continuous:
-            wait(self.waiting)
-        elif not self.rows:
-            wait(self.waiting, return_when=FIRST_COMPLETED)
-        finished = [future for future in self.waiting if future.done()]
+        wait_for: WaitFor = "one" if idle else "nobody"
         rows = []
-        for future in finished:
-            row, since = self.waiting.pop(future)
-            row.waited_s += time.monotonic() - since
-            calls = future.result()
-            row.tool_calls += calls
-            assert self.turns is not None
-            row.was_told(
-                self.turns.ids(
-                    [call.output for call in calls],
-                    ended=row.ids[-1] in self.engine.end_ids,
-                    max_tokens=self.options.max_tool_tokens,
-                )
-            )
+        for draft in self.turns.returned(wait_for if self.engine.continuous else "all"):
+            row = self.waiting.pop(draft.number)
+            row.pending += draft.told_ids
             rows.append(row)
-        return sorted(rows, key=lambda row: row.number)
+        return rows
 
     def _admit(self, rows: list[_Row]) -> None:
         """Compute what the cache does not hold of new rows, and let them join."""
@@ -208,7 +171,8 @@ class _Batch:
         tokens, logprobs = sample(logits_BV, self.options, [row.generator for row in rows])
         staying = []
         for place, row in enumerate(rows):
-            row.wrote_token(tokens[place], logprobs[place])
+            row.draft.add_sampled([tokens[place]], [logprobs[place]])
+            row.pending = [tokens[place]]
             if self._goes_on(row, cache, place):
                 staying.append(place)
         self.cache = self.cache.join(cache if len(staying) == len(rows) else cache.take(staying))
@@ -216,56 +180,26 @@ class _Batch:
 
     def _goes_on(self, row: _Row, cache: KVCache, place: int) -> bool:
         """Whether the row's turn goes on; else it is done, or it waits for its tools."""
-        ended = row.ids[-1] in self.engine.end_ids
-        stopped = not ended and self._stopped(row)
-        full = row.num_sampled >= self.options.max_completion_length
-        if not (ended or stopped or full):
+        draft = row.draft
+        ended = draft.ids[-1] in self.engine.end_ids
+        stopped = not ended and self._stopped(draft)
+        if not (ended or stopped) and self.turns.tokens_left(draft):
             return True
-        calls = read_calls(self._text(row)) if row.tools and (ended or stopped) else []
-        if calls and not full and row.rounds < self.options.max_tool_rounds:
-            row.rounds += 1
+        if self.turns.end_turn(draft, stopped=stopped):
             row.cache = cache.take([place])
-            future = self.threads.submit(_carry_out, row, calls)
-            self.waiting[future] = (row, time.monotonic())
-            return False
-        end: End = "tool_limit" if calls and not full else "stop" if ended or stopped else "length"
-        self.done[row.number] = Trajectory(
-            row.ids, row.logprobs, row.wrote, self._text(row), end, row.tool_calls, row.waited_s
-        )
+            self.waiting[draft.number] = row
         return False
 
-    def _text(self, row: _Row) -> str:
-        text: str = self.engine.tokenizer.decode(
-            row.ids[row.turn_start :], skip_special_tokens=True
-        )
-        return text
-
-    def _stopped(self, row: _Row) -> bool:
+    def _stopped(self, draft: Draft) -> bool:
         """Whether the last token completed a stop string: it lies in the last few tokens."""
         stops = self.options.stop_strings
         if not stops:
             return False
         # A token is a byte at least; one more for a character that the window cuts.
         window = max(len(stop.encode()) for stop in stops) + 4
-        start = max(row.turn_start, len(row.ids) - window)
-        text = self.engine.tokenizer.decode(row.ids[start:], skip_special_tokens=True)
+        start = max(draft.turn_start, len(draft.ids) - window)
+        text = self.engine.tokenizer.decode(draft.ids[start:], skip_special_tokens=True)
         return any(stop in text for stop in stops)
 
     def _tensor(self, rows: list[list[int]]) -> Tensor:
         return torch.tensor(rows, dtype=torch.int64, device=self.device)
-
-
-def _carry_out(row: _Row, calls: list[Call]) -> list[ToolCall]:
-    """The calls of one turn, one after the other: the second may need what the first wrote."""
-    assert row.tools is not None
-    answered = []
-    for call in calls:
-        if call.fault:
-            output, ok, seconds = call.fault, False, 0.0
-        else:
-            result = row.tools.call(call.name, call.arguments)
-            output, ok, seconds = result.text, result.ok, result.seconds
-        answered.append(
-            ToolCall(call.name, call.arguments, output, ok, seconds, position=len(row.ids))
-        )
-    return answered

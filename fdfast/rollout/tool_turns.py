@@ -9,6 +9,7 @@ import re
 from typing import Any, NamedTuple
 
 from fdfast.errors import InputError
+from fdfast.rollout.trajectory import ToolCall
 
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
 # A text that no template changes, to find where the assistant's own ends.
@@ -64,15 +65,19 @@ class ToolTurns:
                 "model whose template has tools"
             )
 
-    def ids(self, outputs: list[str], *, ended: bool, max_tokens: int) -> list[int]:
+    def read_calls(self, text: str) -> list[Call]:
+        """The calls of a turn, in the template's form."""
+        return read_calls(text)
+
+    def ids(self, calls: list[ToolCall], *, ended: bool, max_tokens: int) -> list[int]:
         """The answers to a turn's calls and the beginning of the next turn.
 
         Args:
-            outputs: what the tools said, in order.
+            calls: with what the tools said, in order.
             ended: whether the model wrote its end token, which then is not written again.
             max_tokens: of all outputs together.
         """
-        shown = [self._cut(output, max_tokens // len(outputs)) for output in outputs]
+        shown = [self._cut(call.output, max_tokens // len(calls)) for call in calls]
         text = self._after_assistant(shown)
         end = self.tokenizer.eos_token
         if ended and end and text.startswith(end):

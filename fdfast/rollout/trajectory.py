@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from fdfast.lean.tools import ToolResult
+from fdfast.lean.verdict import Verdict
 
 End = Literal["stop", "length", "tool_limit"]
 
@@ -18,7 +19,7 @@ class SamplingOptions:
         top_p: nucleus; 1 is off.
         top_k: 0 is off.
         stop_strings: text that ends a completion; it stays part of it.
-        max_tool_rounds: turns that may end in tool calls.
+        max_tool_calling_iterations: turns that may end in tool calls.
         max_tool_tokens: of the answers to a turn's calls; longer ones are cut in the middle, with a
             note.
     """
@@ -28,7 +29,7 @@ class SamplingOptions:
     top_p: float = 1.0
     top_k: int = 0
     stop_strings: tuple[str, ...] = ()
-    max_tool_rounds: int = 8
+    max_tool_calling_iterations: int = 8
     max_tool_tokens: int = 1024
 
 
@@ -81,6 +82,8 @@ class Trajectory:
             the calls of a turn after the last that may have some.
         tool_calls: in order.
         waited_s: how long the trajectory waited for tools.
+        prompt_ids: what it follows.
+        verdict: Lean's; None where nobody asked.
     """
 
     ids: list[int]
@@ -90,6 +93,8 @@ class Trajectory:
     end: End
     tool_calls: list[ToolCall] = field(default_factory=list)
     waited_s: float = 0.0
+    prompt_ids: list[int] = field(default_factory=list)
+    verdict: Verdict | None = None
 
     @property
     def truncated(self) -> bool:
