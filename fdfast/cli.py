@@ -1,4 +1,4 @@
-"""The command line: `fdfast model|lean|kernels|train|demo`. Each area adds its own commands."""
+"""The command line: `fdfast model|lean|kernels|train|show|demo`. Areas add their own commands."""
 
 import argparse
 import os
@@ -95,6 +95,7 @@ class _Presets:
 def _parser() -> argparse.ArgumentParser:
     from fdfast.kernels import commands as kernel_commands
     from fdfast.lean import commands as lean_commands
+    from fdfast.rollout import commands as rollout_commands
 
     parser = _Parser(prog="fdfast", description=fdfast.__doc__)
     parser.add_argument("--version", action="version", version=fdfast.__version__)
@@ -108,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
     lean_commands.register(commands)
     kernel_commands.register(commands)
+    rollout_commands.register(commands)
 
     train = commands.add_parser(
         "train",
