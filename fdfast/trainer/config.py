@@ -74,8 +74,13 @@ class TrainConfig:
         top_k: of sampling; 0 is off.
         stop_strings: text that ends an attempt, beside the model's end token.
         generation_batch_size: attempts generated at once.
+        tools: whether the model may write Lean files, check them, and search tool_libraries, before
+            it answers; for task lean and a model whose chat template has tools.
+        tool_libraries: folders of Lean files to search.
+        max_tool_calling_iterations: turns of an attempt that may end in tool calls.
+        max_tool_tokens: of the tools' answers to one turn; longer ones are cut in the middle.
 
-        lean_timeout_s: seconds a check may take.
+        lean_timeout_s: seconds a check may take, of an attempt or of a tool's file.
         lean_workers: checks at once.
 
         loss_temperature: of the student's and the teacher's distributions in the loss.
@@ -155,6 +160,10 @@ class TrainConfig:
     top_k: int = 0
     stop_strings: tuple[str, ...] = ()
     generation_batch_size: int = 16
+    tools: bool = False
+    tool_libraries: tuple[str, ...] = ()
+    max_tool_calling_iterations: int = 8
+    max_tool_tokens: int = 1024
 
     lean_timeout_s: float = 30.0
     lean_workers: int = 2
@@ -242,6 +251,12 @@ class TrainConfig:
         if not self.output_dir.strip():
             raise InputError("config: output_dir must name a folder; got ''")
         check_feedback(self)
+        if self.tools and self.task != "lean":
+            raise InputError(f"config: tools wants task 'lean'; got task {self.task!r}")
+        if self.tool_libraries and not self.tools:
+            raise InputError(
+                "config: tool_libraries is searched by a tool; set tools=true, or drop it"
+            )
         if "{prompt}" not in self.prompt_template + self.completion_prefix:
             raise InputError(
                 "config: prompt_template or completion_prefix must contain {prompt}; "
@@ -259,6 +274,8 @@ _AT_LEAST_ONE = (
     "feedback_max_concurrency",
     "max_completion_length",
     "generation_batch_size",
+    "max_tool_calling_iterations",
+    "max_tool_tokens",
     "lean_workers",
     "teacher_ema_every",
     "max_steps",
