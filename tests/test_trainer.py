@@ -18,7 +18,7 @@ from fdfast.rollout import HFEngine
 from fdfast.trainer import TrainConfig, checkpoint, loop, train
 from fdfast.trainer.batch import Prompts, completion_tree
 from fdfast.trainer.checkpoint import checkpoints
-from fdfast.trainer.config import make_config
+from fdfast.trainer.config_file import make_config
 from fdfast.trainer.metrics import MetricsLog, read_jsonl
 from fdfast.trainer.scoring import Scorer
 from tests.scripted import script
