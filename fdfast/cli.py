@@ -1,27 +1,16 @@
-"""The command line: `fdfast model|lean|kernels|train|show|demo`. Areas add their own commands."""
+"""The command line. Each area adds its own commands: lean, kernels, train, rollout, show."""
 
 import argparse
 import os
 import select
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import fdfast
 from fdfast.errors import InputError, MachineError
 from fdfast.interrupts import sigterm_as_interrupt
-
-_TRAIN = """Train a model by Feedback Distillation: it attempts problems, gets feedback on each
-attempt, and learns to answer as a teacher does that has read the feedback.
-
-Settings come from the preset, then from the file, then from key=value words; the later wins:
-
-  fdfast train --preset fd_paper model_name_or_path=Qwen/Qwen3-8B dataset=problems.jsonl
-
-Every setting, with its meaning and default: python -m pydoc fdfast.trainer.TrainConfig
-(fdfast/trainer/config.py). Metrics, checkpoints and the final model go to output_dir; Ctrl-C
-and SIGTERM leave a checkpoint, from which --resume goes on."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,22 +69,11 @@ def _reader_has_gone() -> bool:
     return gone
 
 
-class _Presets:
-    """The names in trainer.PRESETS, looked up when needed: the trainer imports torch."""
-
-    def __iter__(self) -> Iterator[str]:
-        from fdfast.trainer import PRESETS
-
-        return iter(PRESETS)
-
-    def __contains__(self, name: object) -> bool:
-        return name in tuple(self)
-
-
 def _parser() -> argparse.ArgumentParser:
     from fdfast.kernels import commands as kernel_commands
     from fdfast.lean import commands as lean_commands
     from fdfast.rollout import commands as rollout_commands
+    from fdfast.trainer import commands as trainer_commands
 
     parser = _Parser(prog="fdfast", description=fdfast.__doc__)
     parser.add_argument("--version", action="version", version=fdfast.__version__)
@@ -109,21 +87,8 @@ def _parser() -> argparse.ArgumentParser:
 
     lean_commands.register(commands)
     kernel_commands.register(commands)
+    trainer_commands.register(commands)
     rollout_commands.register(commands)
-
-    train = commands.add_parser(
-        "train",
-        help="train a model by Feedback Distillation",
-        description=_TRAIN,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    train.add_argument("settings", nargs="*", metavar="key=value", help="over the file's settings")
-    train.add_argument("--config", type=Path, metavar="FILE", help="YAML, `key: value` lines")
-    train.add_argument(
-        "--preset", choices=_Presets(), metavar="NAME", help="begin with these: %(choices)s"
-    )
-    train.add_argument("--resume", action="store_true", help="from output_dir's newest checkpoint")
-    train.set_defaults(run=_train)
 
     demo = commands.add_parser(
         "demo",
@@ -141,16 +106,6 @@ def _fetch_demo(arguments: argparse.Namespace) -> int:
     from fdfast.models import fetch_demo_model
 
     print(fetch_demo_model())
-    return 0
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    from fdfast.trainer import load_config, train
-
-    train(
-        load_config(arguments.config, arguments.settings, preset=arguments.preset),
-        resume=arguments.resume,
-    )
     return 0
 
 

@@ -22,7 +22,7 @@ from fdfast.evaluation.plots import Curve, Panel, plot_run
 from fdfast.evaluation.report import Section, write_report
 from fdfast.files import atomic_file
 from fdfast.trainer import PRESETS, train
-from fdfast.trainer.config import make_config
+from fdfast.trainer.config_file import make_config
 from fdfast.trainer.metrics import read_jsonl
 
 UNSEEN = "unseen {}, same seed"

@@ -4,7 +4,7 @@ import pytest
 
 from fdfast.errors import InputError
 from fdfast.trainer import PRESETS, TrainConfig, load_config
-from fdfast.trainer.config import make_config
+from fdfast.trainer.config_file import make_config
 
 
 def test_the_defaults_are_the_papers():

@@ -15,7 +15,7 @@ from fdfast.models import load_model
 from fdfast.rollout import HFEngine, SamplingOptions, Trajectory
 from fdfast.trainer import load_config, train
 from fdfast.trainer.batch import Prompts
-from fdfast.trainer.config import make_config
+from fdfast.trainer.config_file import make_config
 from fdfast.trainer.feedback import make_provider
 from fdfast.trainer.metrics import read_jsonl
 from tests.chat_server import GOOD, Reply, chat_server, completion

@@ -97,6 +97,7 @@ def records(draw):
         waited_s=NUMBERS,
         prompt_ids=st.lists(ids, max_size=3),
         verdict=VERDICTS,
+        proof=TEXT,
     )
     built = st.builds(
         Record,

@@ -13,6 +13,7 @@ from fdfast.models import load_model
 from fdfast.rollout import HFEngine, SamplingOptions
 from fdfast.rollout.hf import _Batch
 from fdfast.rollout.sampling import sample
+from tests.scripted import script
 from tests.tiny import save_tiny_model
 
 
@@ -163,23 +164,7 @@ def scripted(engine, monkeypatch):
     """Makes the model write given texts, a turn each; the log-probs stay the model's."""
 
     def set_up(turns_of):
-        left = {}
-
-        def scripted_sample(logits, options, generators):
-            tokens = []
-            for generator in generators:
-                number = generator.initial_seed() % 1_000_003
-                if number not in left:
-                    left[number] = [
-                        token
-                        for turn in turns_of(number)
-                        for token in [*engine.tokenizer(turn).input_ids, engine.end_ids[0]]
-                    ]
-                tokens.append(left[number].pop(0))
-            logprobs = logits.log_softmax(-1)
-            return tokens, [float(logprobs[i, t]) for i, t in enumerate(tokens)]
-
-        monkeypatch.setattr("fdfast.rollout.hf.sample", scripted_sample)
+        script(monkeypatch, engine.tokenizer, engine.end_ids[0], turns_of)
 
     return set_up
 

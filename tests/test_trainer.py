@@ -18,8 +18,10 @@ from fdfast.rollout import HFEngine
 from fdfast.trainer import TrainConfig, checkpoint, loop, train
 from fdfast.trainer.batch import Prompts, completion_tree
 from fdfast.trainer.checkpoint import checkpoints
-from fdfast.trainer.config import make_config
+from fdfast.trainer.config_file import make_config
 from fdfast.trainer.metrics import MetricsLog, read_jsonl
+from fdfast.trainer.scoring import Scorer
+from tests.scripted import script
 from tests.tiny import save_tiny_model
 
 
@@ -211,11 +213,11 @@ def test_a_run_goes_on_whatever_a_model_writes(tiny, tmp_path):
 def test_an_error_loses_no_finished_step(tiny, tmp_path, monkeypatch):
     roll_out, calls = HFEngine.generate, []
 
-    def failing(self, prompts, options, *, seed):
+    def failing(self, prompts, options, *, seed, **others):
         calls.append(seed)
         if len(calls) == 3:
             raise RuntimeError("out of memory, say")
-        return roll_out(self, prompts, options, seed=seed)
+        return roll_out(self, prompts, options, seed=seed, **others)
 
     monkeypatch.setattr(HFEngine, "generate", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -377,3 +379,37 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_same(tiny, tmp_path, number):
 def _plain(config: TrainConfig) -> dict[str, object]:
     """What differs from the defaults."""
     return {k: v for k, v in vars(config).items() if v != getattr(TrainConfig(), k)}
+
+
+LEAN = {"task": "lean", "dataset": "base_theorems", "tools": True, "feedback": "verifier"}
+TOLD = "Tools: write_file(path, content), check_file(path), as <tool_call>{json}</tool_call>."
+
+
+def test_a_run_with_tools_trains_on_what_the_model_wrote_alone(tiny, tmp_path, monkeypatch):
+    """Real Lean answers the calls; the tools' answers are attended to and not trained."""
+    seen, score = [], Scorer.score
+
+    def scoring(self, attempts, *, backward):
+        seen.extend(attempts)
+        return score(self, attempts, backward=backward)
+
+    monkeypatch.setattr(Scorer, "score", scoring)
+    _, tokenizer = load_model(tiny)
+    call = '<tool_call>{"name": "check_file", "arguments": {"path": "A.lean"}}</tool_call>'
+    script(monkeypatch, tokenizer, tokenizer.eos_token_id, lambda number: [call, "fun x => x"])
+    config = settings(
+        tiny, tmp_path / "a", **LEAN, system_prompt=TOLD, max_completion_length=300, max_steps=1
+    )
+    [row] = train(config, quiet=True)
+    assert row["tools/call_frequency"] == 1.0
+    assert row["tools/failure_frequency"] == 1.0  # no such file
+    assert row["num_tokens"] == sum(a.completion.num_sampled for a in seen)
+    for attempt in seen:
+        [asked] = attempt.completion.tool_calls
+        assert "A.lean" in asked.output
+        assert len(attempt.completion.ids) > attempt.completion.num_sampled
+
+
+def test_tools_of_which_nothing_tells_the_model_are_refused(tiny, tmp_path):
+    with pytest.raises(InputError, match="no prompt names write_file, check_file"):
+        train(settings(tiny, tmp_path / "a", **LEAN), quiet=True)

@@ -81,7 +81,7 @@ def proof_text(answer: str) -> str:
     Small models repeat the statement, fence their code, or end it with a fence that they never
     opened; all of these are cut away, nothing else is mended.
     """
-    text = _out_of_fence(answer).strip()
+    text = fenced(answer).strip()
     if text.startswith(("theorem ", "lemma ", "example ")):
         # Where a comment is at fault, the rest of the text stands in `code` as it is.
         code, _ = blank_comments(text)
@@ -89,7 +89,7 @@ def proof_text(answer: str) -> str:
     return text.strip().removeprefix(":=").strip()
 
 
-def _out_of_fence(answer: str) -> str:
+def fenced(answer: str) -> str:
     """The first fenced block; with one fence only, what it closes, or opens if it names Lean."""
     before, *blocks = answer.split("```")
     if not blocks:

@@ -18,6 +18,7 @@ class FeedbackItem:
         truncated: whether the attempt ran into a limit before it came to an end.
         tools: names of the tools that the model could call.
         tool_calls: those it made, in order.
+        proof: what the verdict is about, where that is not the attempt's own proof: a file's.
     """
 
     problem: Problem
@@ -26,3 +27,4 @@ class FeedbackItem:
     truncated: bool = False
     tools: tuple[str, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
+    proof: str = ""

@@ -50,7 +50,7 @@ class PerAttempt(ABC):
 
     def feedback_many(self, items: Sequence[FeedbackItem]) -> list[str | None]:
         """Feedback on each attempt, in order."""
-        return [self(i.problem, proof_text(i.attempt), i.verdict) for i in items]
+        return [self(i.problem, i.proof or proof_text(i.attempt), i.verdict) for i in items]
 
 
 @dataclass(frozen=True)

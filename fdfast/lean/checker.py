@@ -8,6 +8,7 @@ Walls, each of which would do against most cheating; `verdict` names the rungs:
    proof, so there is nothing for an unclosed comment or string to swallow. Any error ends the
    check. This is the only process that reads the proof text; from what it prints we take the
    wording of a failure and nothing else.
+   Lemmas that the prover put above the statement are screened likewise (`submission`).
 3. **Audit** (rung 1). Another process reads the compiled theorem and prints its full type and its
    axioms. No text of the proof is in that process, so nothing in the proof can print into its
    answer. The type must be, to the letter and with every implicit argument and universe shown, the
@@ -36,6 +37,7 @@ from fdfast.lean.folder import private_folder
 from fdfast.lean.run import Run, Stop, one_line
 from fdfast.lean.screen import refuse_context, refuse_proof, refuse_text
 from fdfast.lean.statement import complete_header, parse_statement
+from fdfast.lean.submission import refuse_helpers
 from fdfast.lean.toolchain import Toolchain
 from fdfast.lean.verdict import Level, Message, Verdict
 
@@ -74,7 +76,9 @@ class Checker:
         self._backend = backend
         self._level = level
 
-    def verify(self, run: Run, formal_statement: str, proof: str, header: str) -> Verdict:
+    def verify(
+        self, run: Run, formal_statement: str, proof: str, header: str, context: str
+    ) -> Verdict:
         """Run the walls in order.
 
         Raises:
@@ -84,15 +88,16 @@ class Checker:
         """
         statement, name = parse_statement(formal_statement)
         header = complete_header(self._lean, header)
-        reason = refuse_text(statement) or refuse_context(header) or refuse_proof(proof)
-        if reason:
+        reason = refuse_text(statement) or refuse_context(header) or refuse_helpers(context)
+        if reason := reason or refuse_proof(proof):
             return Verdict("rejected", reason=reason)
         try:
             self._backend.warm_up(run, header)
             printed = self._statement_type(run, header, statement, name)
             with private_folder() as folder:
                 compiled = folder / f"Attempt_{secrets.token_hex(8)}.olean"
-                messages = self._attempt(run, header, statement, proof, compiled)
+                above = f"{context}\n{statement}\n" if context else f"{statement}\n"
+                messages = self._attempt(run, header, above, proof, compiled)
                 self._audit(run, header, printed, compiled)
                 if self._level == 2:
                     self._backend.replay(run, compiled)
@@ -173,10 +178,9 @@ class Checker:
         return match["name"].removesuffix(place)
 
     def _attempt(
-        self, run: Run, header: str, statement: str, proof: str, compiled: Path
+        self, run: Run, header: str, above: str, proof: str, compiled: Path
     ) -> tuple[Message, ...]:
-        """Compile statement and proof; return what Lean said of the proof."""
-        above = f"{statement}\n"
+        """Compile lemmas, statement and proof; return what Lean said of the proof."""
         output = self._backend.attempt(run, header, f"{above}{proof}\n", compiled)
         messages = _messages(output, above.count("\n"))
         if output.failed:

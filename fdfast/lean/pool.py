@@ -27,11 +27,12 @@ _MAX_WORKERS = 4096
 
 
 class Attempt(NamedTuple):
-    """One proof to check: the arguments of `verify`."""
+    """One proof to check: the arguments of `verify`, and in `context` the prover's own lemmas."""
 
     formal_statement: str
     proof: str
     header: str = ""
+    context: str = ""
 
 
 Item = Attempt | tuple[str, str, str]
@@ -112,15 +113,24 @@ class LeanPool:
         """The Lean in use."""
         return self._settings.toolchain
 
-    def check(self, formal_statement: str, proof: str, header: str | None = None) -> Verdict:
+    def check(
+        self, formal_statement: str, proof: str, header: str | None = None, context: str = ""
+    ) -> Verdict:
         """Check one proof; see `fdfast.lean.verify`.
+
+        Args:
+            formal_statement: see there.
+            proof: see there.
+            header: see there; None is the pool's own.
+            context: lemmas and definitions of the prover's, which are judged and not trusted; see
+                `submission`.
 
         Raises:
             InputError: the statement has not that form, or the header imports what is not there.
             MachineError: Lean cannot be run here. That is never a verdict.
             CancelledError: the pool was closed.
         """
-        attempt = self._complete(Attempt(formal_statement, proof, header or ""))
+        attempt = self._complete(Attempt(formal_statement, proof, header or "", context))
         return self._running().check(self._new_run(), attempt)
 
     def check_many(self, attempts: Sequence[Item]) -> list[Verdict]:
@@ -150,9 +160,11 @@ class LeanPool:
                 if not future.cancel():
                     run.cancel()
 
-    async def acheck(self, formal_statement: str, proof: str, header: str | None = None) -> Verdict:
+    async def acheck(
+        self, formal_statement: str, proof: str, header: str | None = None, context: str = ""
+    ) -> Verdict:
         """`check` for asyncio; a cancelled task cancels the check."""
-        attempt = self._complete(Attempt(formal_statement, proof, header or ""))
+        attempt = self._complete(Attempt(formal_statement, proof, header or "", context))
         running, run = self._running(), self._new_run()
         future = running.threads.submit(running.check, run, attempt)
         try:

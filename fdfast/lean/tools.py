@@ -127,6 +127,17 @@ SCHEMAS = {
         },
     ),
 }
+
+
+def tool_schemas(*, search: bool) -> list[Schema]:
+    """The tools as chat templates take them: `apply_chat_template(..., tools=schemas)`.
+
+    Args:
+        search: whether there are libraries to search.
+    """
+    return [schema for name, schema in SCHEMAS.items() if search or name != "search_library"]
+
+
 _TYPES: dict[str, type] = {"string": str, "boolean": bool}
 
 
@@ -174,8 +185,8 @@ class Toolbox:
 
     @property
     def schemas(self) -> list[Schema]:
-        """The tools as chat templates take them: `apply_chat_template(..., tools=schemas)`."""
-        return [SCHEMAS[name] for name in self._tools()]
+        """See `tool_schemas`."""
+        return tool_schemas(search=bool(self.libraries))
 
     def files(self) -> dict[str, str]:
         """The Lean files in the work folder, path -> text; unreadable ones are left out."""

@@ -26,7 +26,10 @@ Where the file has the teacher's log-probabilities, each token's background says
 who has read the feedback, makes of it: green is likelier than the student finds it, red less
 likely. Without colours (a pipe, NO_COLOR) the tokens that moved most are marked.
 
-FILE is .jsonl or .parquet, or the folder of a run, whose attempts.jsonl is shown."""
+FILE is .jsonl or .parquet, or a folder: of `fdfast rollout` (its trajectories.jsonl is shown) or of
+a training run (attempts.jsonl)."""
+
+_IN_FOLDER = ("trajectories.jsonl", "attempts.jsonl")
 
 _HTML = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>fdfast show</title>
@@ -182,7 +185,7 @@ def _chosen(arguments: argparse.Namespace, notes: list[str]) -> Iterator[tuple[i
     """
     from fdfast.rollout.records import read_records
 
-    path = arguments.file / "attempts.jsonl" if arguments.file.is_dir() else arguments.file
+    path = _file(arguments.file)
     total, found = 0, False
     names: dict[str, None] = {}
     steps: set[int] = set()
@@ -205,6 +208,15 @@ def _chosen(arguments: argparse.Namespace, notes: list[str]) -> Iterator[tuple[i
     if not total:
         raise InputError(f"{path}: holds no trajectory{f' ({notes[0]})' if notes else ''}")
     raise InputError(f"{path}: {_what_there_is(arguments, total, list(names), steps)}")
+
+
+def _file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for name in _IN_FOLDER:
+        if (path / name).is_file():
+            return path / name
+    raise InputError(f"{path}: is a folder without {' and '.join(_IN_FOLDER)}; name a file")
 
 
 def _what_there_is(

@@ -72,10 +72,11 @@ def record_view(record: Record, index: int, options: ShowOptions) -> Iterator[Re
         index: its place in the file, from 0.
         options: how.
     """
+    trajectory = record.trajectory
     yield _header(record, index)
     yield Padding(_facts(record), (0, 0, 0, 2))
-    if record.trajectory.verdict is not None:
-        yield from _messages(record.trajectory.verdict.messages, options)
+    if trajectory.verdict is not None:
+        yield from _messages(trajectory.verdict.messages, options)
     yield Text()
     if options.full and record.prompt:
         yield _heading("prompt")
@@ -93,6 +94,10 @@ def record_view(record: Record, index: int, options: ShowOptions) -> Iterator[Re
         yield Padding(Text(_NO_TEACHER, "dim", overflow="fold"), (1, 0, 0, 2))
     else:
         yield Padding(Text("no student log-probabilities", "dim"), (1, 0, 0, 2))
+    if trajectory.verdict is not None and trajectory.proof:
+        yield Text()
+        yield _heading("proof, as Lean was asked to check it")
+        yield _code_or_text(trajectory.proof, options, lean=True, numbers=True)
     if record.feedback is not None:
         yield Text()
         told = Text(harmless(record.feedback) or "(empty)", overflow="fold", tab_size=4)

@@ -84,6 +84,7 @@ class Trajectory:
         waited_s: how long the trajectory waited for tools.
         prompt_ids: what it follows.
         verdict: Lean's; None where nobody asked.
+        proof: what the verdict is about: a proof, with the lemmas above it.
     """
 
     ids: list[int]
@@ -95,6 +96,7 @@ class Trajectory:
     waited_s: float = 0.0
     prompt_ids: list[int] = field(default_factory=list)
     verdict: Verdict | None = None
+    proof: str = ""
 
     @property
     def truncated(self) -> bool:

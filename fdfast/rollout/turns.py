@@ -106,7 +106,8 @@ class Turns:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.threads.shutdown(cancel_futures=True)
+        # After an error nobody waits for a tool that still runs; whoever holds Lean ends it.
+        self.threads.shutdown(wait=kind is None, cancel_futures=True)
 
     def begin(self, number: int, prompt_ids: Sequence[int]) -> Draft:
         """A trajectory before its first token."""

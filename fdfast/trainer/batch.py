@@ -26,7 +26,6 @@ class Attempt:
     """
 
     problem: Problem
-    prompt_ids: list[int]
     completion: Trajectory
     teacher_prompt_ids: list[int]
     feedback: str | None = ""
@@ -34,12 +33,24 @@ class Attempt:
 
 
 class Prompts:
-    """Token ids of prompts for the student and, with feedback, for the teacher."""
+    """Token ids of prompts for the student and, with feedback, for the teacher.
 
-    def __init__(self, tokenizer: Any, config: TrainConfig) -> None:
-        self.tokenizer, self.config = tokenizer, config
+    Args:
+        tokenizer: with a chat template.
+        config: of the run.
+        tools: schemas that the chat template shows the model.
+
+    Raises:
+        InputError: nothing tells the model of its tools.
+    """
+
+    def __init__(
+        self, tokenizer: Any, config: TrainConfig, tools: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        self.tokenizer, self.config, self.tools = tokenizer, config, list(tools)
         own = teacher_template(config.feedback, config.feedback_position)
         self.teacher_template = config.feedback_template or own
+        self._check_tools()
 
     def student(self, problem: Problem) -> list[int]:
         """The plain prompt.
@@ -68,6 +79,16 @@ class Prompts:
         user = re.sub(r"\{prompt\}|\{feedback\}", lambda m: parts[m[0]], self.teacher_template)
         return self._ids(problem, user), clipped
 
+    def _check_tools(self) -> None:
+        names = [tool["function"]["name"] for tool in self.tools]
+        shown = self._text(self.config.prompt_template, "") if names else ""
+        if missing := [name for name in names if name not in shown]:
+            raise InputError(
+                f"tools: the model's chat template does not show them, and no prompt names "
+                f"{', '.join(missing)}; describe the tools and the form of a call in "
+                "system_prompt, or take a model whose template has tools"
+            )
+
     def _fit(self, feedback: str) -> tuple[str, bool]:
         """Feedback of max_feedback_length tokens at most: its middle goes, its two ends say the
         most.
@@ -82,6 +103,12 @@ class Prompts:
         return f"{begin.rstrip(_TORN)} [...] {end.lstrip(_TORN)}", True
 
     def _ids(self, problem: Problem, user: str) -> list[int]:
+        ids: list[int] = self.tokenizer(
+            self._text(user, problem.prompt), add_special_tokens=False
+        ).input_ids
+        return ids
+
+    def _text(self, user: str, prompt: str) -> str:
         messages = [{"role": "system", "content": self.config.system_prompt}]
         if not self.config.system_prompt:
             messages = []
@@ -90,12 +117,10 @@ class Prompts:
             messages.append({"role": "user", "content": asked})
             messages.append({"role": "assistant", "content": answer})
         messages.append({"role": "user", "content": user})
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
+        text: str = self.tokenizer.apply_chat_template(
+            messages, tools=self.tools or None, tokenize=False, add_generation_prompt=True
         )
-        text += self.config.completion_prefix.replace("{prompt}", problem.prompt)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
-        return ids
+        return text + self.config.completion_prefix.replace("{prompt}", prompt)
 
 
 def completion_tree(

@@ -136,6 +136,9 @@ MAY_CHANGE = {
     "save_final_model",
     "save_steps",
     "save_total_limit",
+    "vllm_gpu_memory_utilization",
+    "vllm_server_base_url",
+    "vllm_weights_dir",
 }
 
 

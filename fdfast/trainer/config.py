@@ -1,20 +1,15 @@
-"""Every setting of a training run: one dataclass, from a YAML file and `key=value` words."""
+"""Every setting of a training run: one dataclass."""
 
-import contextlib
 import dataclasses
-import difflib
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Literal
 
 from fdfast.dispatch import BACKENDS
 from fdfast.divergences import TABLE, TAILS
-from fdfast.errors import InputError, MachineError
+from fdfast.errors import InputError
 from fdfast.feedback import SOURCES
 from fdfast.trainer.feedback import check_feedback
-from fdfast.trainer.presets import PRESETS
 from fdfast.types import DEFAULT_WORKSPACE_MB
 
 
@@ -74,8 +69,23 @@ class TrainConfig:
         top_k: of sampling; 0 is off.
         stop_strings: text that ends an attempt, beside the model's end token.
         generation_batch_size: attempts generated at once.
+        use_vllm: whether vLLM samples, on a copy of the weights that follows every step; else the
+            trained model itself.
+        vllm_mode: colocate (in this process, on the same device) or server (one that runs already).
+        vllm_server_base_url: of the server: http://127.0.0.1:8000, say.
+        vllm_weights_dir: a folder that the server sees too, through which it gets new weights; ""
+            for one in memory (/dev/shm), for a server on this machine.
+        vllm_max_model_length: tokens of a prompt with all that follows it; 0 for the model's own.
+        vllm_gpu_memory_utilization: share of the GPU's memory for a colocated vLLM.
+        vllm_tensor_parallel_size: GPUs of a colocated vLLM.
+        vllm_enable_sleep_mode: whether a colocated vLLM gives its memory back during the update.
+        tools: whether the model may write Lean files, check them, and search tool_libraries, before
+            it answers; for task lean and a model whose chat template has tools.
+        tool_libraries: folders of Lean files to search.
+        max_tool_calling_iterations: turns of an attempt that may end in tool calls.
+        max_tool_tokens: of the tools' answers to one turn; longer ones are cut in the middle.
 
-        lean_timeout_s: seconds a check may take.
+        lean_timeout_s: seconds a check may take, of an attempt or of a tool's file.
         lean_workers: checks at once.
 
         loss_temperature: of the student's and the teacher's distributions in the loss.
@@ -155,6 +165,18 @@ class TrainConfig:
     top_k: int = 0
     stop_strings: tuple[str, ...] = ()
     generation_batch_size: int = 16
+    use_vllm: bool = False
+    vllm_mode: Literal["colocate", "server"] = "colocate"
+    vllm_server_base_url: str = ""
+    vllm_weights_dir: str = ""
+    vllm_max_model_length: int = 0
+    vllm_gpu_memory_utilization: float = 0.3
+    vllm_tensor_parallel_size: int = 1
+    vllm_enable_sleep_mode: bool = False
+    tools: bool = False
+    tool_libraries: tuple[str, ...] = ()
+    max_tool_calling_iterations: int = 8
+    max_tool_tokens: int = 1024
 
     lean_timeout_s: float = 30.0
     lean_workers: int = 2
@@ -215,6 +237,12 @@ class TrainConfig:
                 0 <= self.teacher_ema_alpha <= 1,
                 "[0, 1]",
             ),
+            (
+                "vllm_gpu_memory_utilization",
+                self.vllm_gpu_memory_utilization,
+                0 < self.vllm_gpu_memory_utilization <= 1,
+                "(0, 1]",
+            ),
             ("adam_beta1", self.adam_beta1, 0 <= self.adam_beta1 < 1, "[0, 1)"),
             ("adam_beta2", self.adam_beta2, 0 <= self.adam_beta2 < 1, "[0, 1)"),
             ("grad_filter", self.grad_filter, 0 <= (self.grad_filter or 0) < 1, "[0, 1)"),
@@ -242,6 +270,17 @@ class TrainConfig:
         if not self.output_dir.strip():
             raise InputError("config: output_dir must name a folder; got ''")
         check_feedback(self)
+        if self.use_vllm and (self.vllm_mode == "server") != bool(self.vllm_server_base_url):
+            raise InputError(
+                "config: vllm_server_base_url names the server of vllm_mode 'server', and of no "
+                f"other; got {self.vllm_server_base_url!r} with vllm_mode {self.vllm_mode!r}"
+            )
+        if self.tools and self.task != "lean":
+            raise InputError(f"config: tools wants task 'lean'; got task {self.task!r}")
+        if self.tool_libraries and not self.tools:
+            raise InputError(
+                "config: tool_libraries is searched by a tool; set tools=true, or drop it"
+            )
         if "{prompt}" not in self.prompt_template + self.completion_prefix:
             raise InputError(
                 "config: prompt_template or completion_prefix must contain {prompt}; "
@@ -259,6 +298,9 @@ _AT_LEAST_ONE = (
     "feedback_max_concurrency",
     "max_completion_length",
     "generation_batch_size",
+    "max_tool_calling_iterations",
+    "max_tool_tokens",
+    "vllm_tensor_parallel_size",
     "lean_workers",
     "teacher_ema_every",
     "max_steps",
@@ -269,6 +311,7 @@ _NOT_NEGATIVE = (
     "feedback_budget_tokens",
     "feedback_budget_usd",
     "top_k",
+    "vllm_max_model_length",
     "teacher_top_k",
     "entropy_coef",
     "warmup_steps",
@@ -288,116 +331,4 @@ _POSITIVE = (
     "workspace_mb",
     "lean_timeout_s",
     "adam_epsilon",
-)
-
-
-def make_config(
-    values: dict[str, Any], *, source: str = "config", sources: Mapping[str, str] | None = None
-) -> TrainConfig:
-    """A TrainConfig from plain values, their types checked and converted.
-
-    Args:
-        values: key -> value.
-        source: where they come from, for the message.
-        sources: key -> where that one comes from; a key that is not in it comes from `source`.
-
-    Raises:
-        InputError: an unknown key (with the nearest known one), a wrong type or value.
-        MachineError: pydantic is missing.
-    """
-    sources = sources or {}
-    known = [f.name for f in dataclasses.fields(TrainConfig)]
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"{sources.get(key, source)}: unknown key {key!r}{hint}")
-    try:
-        from pydantic import TypeAdapter, ValidationError
-    except ImportError as error:
-        raise MachineError(
-            f"configs need pydantic ({error}); run: pip install 'fdfast[train]'"
-        ) from error
-    try:
-        return TypeAdapter(TrainConfig).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] == "value_error":  # __post_init__'s own line; input is every setting
-            raise InputError(str(first["ctx"]["error"])) from error
-        where = sources.get(str(first["loc"][0]), source)
-        raise InputError(
-            f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}; got {first['input']!r}"
-        ) from error
-
-
-def load_config(
-    path: Path | None, overrides: Sequence[str], *, preset: str | None = None
-) -> TrainConfig:
-    """A config from a preset, then a YAML file, then `key=value` words.
-
-    A word's value is text as it stands where the setting is a text, else YAML.
-
-    Raises:
-        InputError: a file that is missing or no YAML mapping, a word without `=`, or as
-            make_config.
-    """
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    if preset is not None:
-        if preset not in PRESETS:
-            raise InputError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
-        values |= PRESETS[preset]
-    if path is not None:
-        loaded = _read_yaml(path)
-        values |= loaded
-        sources |= dict.fromkeys(loaded, str(path))
-    for word in overrides:
-        key, equals, text = word.partition("=")
-        if not equals:
-            raise InputError(f"{word!r} is no setting; write key=value, learning_rate=2e-5, say")
-        values[key] = text if key in _TEXTS else _yaml_value(key, text)
-        sources[key] = "command line"
-    return make_config(values, sources=sources)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        import yaml
-    except ImportError as error:
-        raise MachineError(
-            f"{path}: config files need pyyaml ({error}); run: pip install 'fdfast[train]'"
-        ) from error
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such config file") from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise InputError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(loaded, dict | None):
-        raise InputError(f"{path}: must hold `key: value` lines; got {type(loaded).__name__}")
-    return loaded or {}
-
-
-def _yaml_value(key: str, text: str) -> Any:
-    """YAML's reading of one value, with 1e-5 a number (YAML 1.1 wants 1.0e-5)."""
-    try:
-        import yaml
-    except ImportError as error:
-        raise MachineError(
-            f"settings need pyyaml ({error}); run: pip install 'fdfast[train]'"
-        ) from error
-    with contextlib.suppress(ValueError):
-        if "e" in text.lower():
-            return float(text)
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date like 2026-13-45
-        reason = " ".join(str(error).split())
-        raise InputError(f"command line: {key}: {text!r} is no YAML: {reason}") from error
-
-
-_TEXTS = frozenset(
-    f.name
-    for f in dataclasses.fields(TrainConfig)
-    if f.type is str or get_origin(f.type) is Literal
 )

@@ -14,15 +14,11 @@ from typing import Any
 
 import torch
 
-from fdfast.data import base_theorems_path
-from fdfast.data.problems import Problem, proof_text, questions_path, read_problems
+from fdfast.data.problems import Problem
 from fdfast.errors import InputError, MachineError
-from fdfast.feedback import FeedbackItem, FeedbackProvider
 from fdfast.interrupts import sigterm_as_interrupt, uninterrupted
-from fdfast.lean import LeanPool, Verdict
 from fdfast.losses import FeedbackDistillationLoss
 from fdfast.models import HeadWeights, lm_head, load_model
-from fdfast.rollout import HFEngine, SamplingOptions
 from fdfast.teacher import EMATeacher
 from fdfast.trainer.batch import Attempt, Prompts
 from fdfast.trainer.checkpoint import (
@@ -34,9 +30,11 @@ from fdfast.trainer.checkpoint import (
     save_final_model,
 )
 from fdfast.trainer.config import TrainConfig
+from fdfast.trainer.engines import make_engine
 from fdfast.trainer.feedback import check_key, make_provider
 from fdfast.trainer.master import MasterWeights
 from fdfast.trainer.metrics import Clock, MetricsLog, read_jsonl, records, step_line, summary
+from fdfast.trainer.rollouts import Rollouts, lean_pool, read_split, schemas, told
 from fdfast.trainer.scoring import Scorer
 from fdfast.trainer.screen import Screen
 
@@ -62,29 +60,31 @@ def train(
     if newest is not None:
         check_settings(config, newest)
     check_key(config)
-    problems = _problems(config, config.dataset_split)
-    held_out = _problems(config, config.eval_split) if config.eval_num_prompts else []
+    problems = read_split(config, config.dataset_split)
+    held_out = read_split(config, config.eval_split) if config.eval_num_prompts else []
     with (
         Screen(folder.name, total=config.max_steps, quiet=quiet) as screen,
         sigterm_as_interrupt(),
         _matmul_precision(config.float32_matmul_precision),
-        _lean(config) as lean,
+        lean_pool(config) as lean,
+        contextlib.ExitStack() as closing,
     ):
         screen.say(f"{folder}: loading {newest or config.model_name_or_path}")
         state = _initial_state(config, newest)
-        prompts = Prompts(state.tokenizer, config)
+        prompts = Prompts(state.tokenizer, config, schemas(config))
         for problem in [*problems, *held_out]:
             prompts.student(problem)  # one that is too long is an error now, not hours later
         _open_folder(folder, newest)
+        provider = make_provider(config, state.teacher.model, state.tokenizer)
+        engine = closing.enter_context(
+            contextlib.closing(make_engine(config, state.model, state.tokenizer))
+        )
         run = _Run(
             config=config,
             state=state,
             problems=problems,
             held_out=held_out[: config.eval_num_prompts],
-            provider=make_provider(config, state.teacher.model, state.tokenizer),
-            engine=HFEngine(state.model, state.tokenizer, batch_size=config.generation_batch_size),
-            lean=lean,
-            prompts=prompts,
+            rollouts=Rollouts(config, engine, lean, prompts, provider),
             scorer=Scorer(
                 config, state.model, state.teacher.model, _loss(config, lm_head(state.model))
             ),
@@ -122,13 +122,6 @@ def _matmul_precision(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _lean(config: TrainConfig) -> contextlib.AbstractContextManager[LeanPool | None]:
-    """One pool of Lean processes for the whole run; None for chat questions."""
-    if config.task != "lean":
-        return contextlib.nullcontext()
-    return LeanPool(workers=config.lean_workers, timeout_s=config.lean_timeout_s)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Run:
     """What the loop works with; `state` alone changes."""
@@ -137,10 +130,7 @@ class _Run:
     state: TrainState
     problems: list[Problem]
     held_out: list[Problem]
-    provider: FeedbackProvider
-    engine: HFEngine
-    lean: LeanPool | None
-    prompts: Prompts
+    rollouts: Rollouts
     scorer: Scorer
     log: MetricsLog
     screen: Screen
@@ -156,20 +146,15 @@ def _train(run: _Run) -> None:
             return
         clock = Clock()
         chosen = _choose(run.problems, config, state.step)
-        with clock("rollout"):
-            seed = _seed(config, state.step)
-            attempts = _roll_out(run, chosen, config.num_generations, seed=seed)
-        with clock("verify"):
-            verdicts = _verify(attempts, run.lean)
-        with clock("feedback"):
-            attempts, counts = _with_feedback(run, attempts, verdicts)
+        seed = _seed(config, state.step)
+        attempts, counts = run.rollouts.attempts(chosen, config.num_generations, seed, state, clock)
         with clock("update"):
             metrics = _gradients(run, attempts) | counts
         with uninterrupted():  # from here to the lines on disk all happens or nothing does
             state.num_tokens += int(metrics["num_tokens"])  # cumulative, as TRL counts
             metrics |= _update(state, config) | {"num_tokens": state.num_tokens}
-            metrics |= summary(attempts, verdicts, config.num_generations) | clock.metrics()
-            run.log.write({"step": state.step} | metrics, records(attempts, verdicts, state.step))
+            metrics |= summary(attempts, config.num_generations) | clock.metrics()
+            run.log.write({"step": state.step} | metrics, records(attempts, state.step))
         run.screen.say(step_line(state.step, metrics, config.max_steps))
         run.screen.at(state.step)
         if config.save_steps and state.step % config.save_steps == 0:
@@ -184,15 +169,15 @@ def _evaluation_due(run: _Run) -> bool:
 
 def _evaluate(run: _Run) -> None:
     """The same stages without an update, on held-out problems, with the same seed every time."""
-    num_generations = run.config.num_generations_eval
-    attempts = _roll_out(run, run.held_out, num_generations, seed=_seed(run.config, -1))
-    verdicts = _verify(attempts, run.lean)
-    attempts, counts = _with_feedback(run, attempts, verdicts)
+    num_generations, seed = run.config.num_generations_eval, _seed(run.config, -1)
+    attempts, counts = run.rollouts.attempts(
+        run.held_out, num_generations, seed, run.state, Clock()
+    )
     with torch.no_grad():
-        metrics = run.scorer.score(_told(attempts), backward=False) | counts
-    metrics |= summary(attempts, verdicts, num_generations)
+        metrics = run.scorer.score(told(attempts), backward=False) | counts
+    metrics |= summary(attempts, num_generations)
     step = run.state.step
-    run.log.write_evaluation(step, metrics, records(attempts, verdicts, step))
+    run.log.write_evaluation(step, metrics, records(attempts, step))
     run.screen.say("evaluation  " + step_line(step, metrics, run.config.max_steps))
 
 
@@ -250,12 +235,6 @@ def _initial_state(config: TrainConfig, checkpoint: Path | None) -> TrainState:
     return state
 
 
-def _problems(config: TrainConfig, split: str) -> list[Problem]:
-    packaged = {"base_theorems": base_theorems_path, "questions": questions_path}
-    path = packaged[config.dataset]() if config.dataset in packaged else Path(config.dataset)
-    return read_problems(path, task=config.task, split=split or None, names=config.problem_names)
-
-
 def _loss(config: TrainConfig, head: HeadWeights) -> FeedbackDistillationLoss:
     return FeedbackDistillationLoss(
         divergence=config.divergence,
@@ -293,89 +272,12 @@ def _order(seed: int, epoch: int, count: int) -> list[int]:
     return order
 
 
-def _roll_out(
-    run: _Run, problems: list[Problem], num_generations: int, *, seed: int
-) -> list[Attempt]:
-    config = run.config
-    problems = [p for p in problems for _ in range(num_generations)]
-    ids = [run.prompts.student(p) for p in problems]
-    options = SamplingOptions(
-        max_completion_length=config.max_completion_length,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        stop_strings=config.stop_strings,
-    )
-    completions = run.engine.generate(ids, options, seed=seed)
-    return [Attempt(p, i, c, i) for p, i, c in zip(problems, ids, completions, strict=True)]
-
-
-def _verify(attempts: list[Attempt], lean: LeanPool | None) -> list[Verdict | None]:
-    """Lean's verdict on each attempt; None for chat questions, which nobody checks."""
-    if lean is None:
-        return [None] * len(attempts)
-    items = []
-    for attempt in attempts:
-        theorem = attempt.problem.theorem
-        assert theorem is not None
-        proof = proof_text(attempt.completion.text)
-        items.append((theorem.formal_statement, proof, theorem.header))
-    return [*lean.check_many(items)]
-
-
-def _with_feedback(
-    run: _Run, attempts: list[Attempt], verdicts: list[Verdict | None]
-) -> tuple[list[Attempt], dict[str, float]]:
-    """The attempts with their feedback, None where it failed, and what the provider counted.
-
-    Raises:
-        MachineError: it failed for all of them.
-    """
-    items = [
-        FeedbackItem(
-            a.problem,
-            a.completion.text,
-            verdict,
-            truncated=a.completion.truncated,
-            tool_calls=tuple(a.completion.tool_calls),
-        )
-        for a, verdict in zip(attempts, verdicts, strict=True)
-    ]
-    counters = run.provider.counters
-    before = None if counters is None else dataclasses.replace(counters)
-    texts = run.provider.feedback_many(items)
-    if all(text is None for text in texts):
-        raise MachineError(
-            f"step {run.state.step + 1}: feedback {run.config.feedback!r} failed for all "
-            f"{len(texts)} attempts; the latest: {run.provider.last_failure}; mend that, or let "
-            "another source step in (feedback_on_failure), and --resume"
-        )
-    told = []
-    for attempt, text in zip(attempts, texts, strict=True):
-        ids, clipped = attempt.teacher_prompt_ids, False
-        if text is not None:
-            ids, clipped = run.prompts.teacher(attempt.problem, text)
-        told.append(
-            dataclasses.replace(
-                attempt, teacher_prompt_ids=ids, feedback=text, feedback_clipped=clipped
-            )
-        )
-    if counters is None or before is None:
-        return told, {}
-    return told, counters.metrics_since(before)
-
-
-def _told(attempts: list[Attempt]) -> list[Attempt]:
-    """Those that are trained on: their feedback did not fail."""
-    return [a for a in attempts if a.feedback is not None]
-
-
 def _gradients(run: _Run, attempts: list[Attempt]) -> dict[str, float]:
     """The step's gradient, from zero, and what was seen on the way."""
     torch.manual_seed(_seed(run.config, run.state.step))  # of dropout, where a model has it
     run.state.model.train()
     run.state.optimizer.zero_grad(set_to_none=True)
-    return run.scorer.score(_told(attempts), backward=True)
+    return run.scorer.score(told(attempts), backward=True)
 
 
 def _learning_rate(config: TrainConfig, step: int) -> float:

@@ -11,7 +11,6 @@ import torch
 
 from fdfast.errors import InputError
 from fdfast.files import atomic_file
-from fdfast.lean import Verdict
 from fdfast.trainer.batch import Attempt
 
 
@@ -81,11 +80,11 @@ def step_line(step: int, metrics: dict[str, Any], max_steps: int) -> str:
     return "  ".join(parts)
 
 
-def summary(
-    attempts: list[Attempt], verdicts: list[Verdict | None], num_generations: int
-) -> dict[str, float]:
-    """What a step's attempts came to: lengths, and where Lean was asked, rewards and verdicts."""
-    lengths = [len(a.completion.ids) for a in attempts]
+def summary(attempts: list[Attempt], num_generations: int) -> dict[str, float]:
+    """What a step's attempts came to: lengths, tools, and where Lean was asked, rewards and
+    verdicts.
+    """
+    lengths = [a.completion.num_sampled for a in attempts]
     seen = {
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/min_length": float(min(lengths)),
@@ -94,7 +93,12 @@ def summary(
         "feedback/clipped_ratio": sum(a.feedback_clipped for a in attempts) / len(attempts),
         "feedback/skipped_ratio": sum(a.feedback is None for a in attempts) / len(attempts),
     }
-    known = [v for v in verdicts if v is not None]
+    calls = [call for a in attempts for call in a.completion.tool_calls]
+    if calls:  # TRL's names
+        seen["tools/call_frequency"] = len(calls) / len(attempts)
+        seen["tools/failure_frequency"] = sum(not call.ok for call in calls) / len(calls)
+        seen["tools/mean_wait_s"] = sum(a.completion.waited_s for a in attempts) / len(attempts)
+    known = [a.completion.verdict for a in attempts if a.completion.verdict is not None]
     if known:
         rewards = torch.tensor([float(v.proved) for v in known])
         groups = rewards.view(-1, num_generations)
@@ -107,11 +111,7 @@ def summary(
     return seen
 
 
-def records(
-    attempts: list[Attempt],
-    verdicts: list[Verdict | None],
-    step: int,
-) -> list[dict[str, Any]]:
+def records(attempts: list[Attempt], step: int) -> list[dict[str, Any]]:
     """A line of attempts.jsonl for each attempt."""
     return [
         {
@@ -119,10 +119,12 @@ def records(
             "problem": attempt.problem.name,
             "completion": attempt.completion.text,
             "ids": attempt.completion.ids,
-            "verdict": None if verdict is None else verdict.kind,
+            "verdict": None
+            if attempt.completion.verdict is None
+            else attempt.completion.verdict.kind,
             "feedback": attempt.feedback,
         }
-        for attempt, verdict in zip(attempts, verdicts, strict=True)
+        for attempt in attempts
     ]
 
 

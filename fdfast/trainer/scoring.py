@@ -122,6 +122,6 @@ def _trees(attempts: Sequence[Attempt]) -> tuple[PrefixTree, PrefixTree]:
     completions = [a.completion.ids for a in attempts]
     wrote = [a.completion.wrote for a in attempts]
     return (
-        completion_tree([a.prompt_ids for a in attempts], completions, wrote),
+        completion_tree([a.completion.prompt_ids for a in attempts], completions, wrote),
         completion_tree([a.teacher_prompt_ids for a in attempts], completions, wrote),
     )

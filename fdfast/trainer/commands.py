@@ -1,0 +1,136 @@
+"""`fdfast train` and `fdfast rollout`."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fdfast.errors import InputError
+
+if TYPE_CHECKING:
+    from fdfast.trainer.config import TrainConfig
+
+_SETTINGS = """Settings come from the preset, then from the file, then from key=value words; the later wins:
+
+  fdfast {command}
+
+Every setting, with its meaning and default: python -m pydoc fdfast.trainer.TrainConfig
+(fdfast/trainer/config.py)."""
+
+_TRAIN = """Train a model by Feedback Distillation: it attempts problems, gets feedback on each
+attempt, and learns to answer as a teacher does that has read the feedback.
+
+{settings} Metrics, checkpoints and the final model go to output_dir; Ctrl-C
+and SIGTERM leave a checkpoint, from which --resume goes on.""".format(
+    settings=_SETTINGS.format(
+        command="train --preset fd_paper model_name_or_path=Qwen/Qwen3-8B dataset=problems.jsonl"
+    )
+)
+
+_ROLLOUT = """Let a model attempt problems, as the trainer does, and keep the attempts: what it wrote, its
+tool calls with their answers, Lean's verdict, the feedback, and for each token how likely student
+and teacher find it. They go to OUTPUT/trajectories.jsonl as they come and at the end to
+OUTPUT/trajectories.parquet; `fdfast show OUTPUT` prints them.
+
+{settings}""".format(
+    settings=_SETTINGS.format(
+        command="rollout --model Qwen/Qwen3-8B --data problems.jsonl --backend vllm tools=true"
+    )
+)
+
+
+class _Presets:
+    """The names in trainer.PRESETS, looked up when needed: the trainer imports torch."""
+
+    def __iter__(self) -> Iterator[str]:
+        from fdfast.trainer.presets import PRESETS
+
+        return iter(PRESETS)
+
+    def __contains__(self, name: object) -> bool:
+        return name in tuple(self)
+
+
+def register(subparsers: "argparse._SubParsersAction[Any]") -> None:
+    """Add the commands."""
+    train = subparsers.add_parser(
+        "train",
+        help="train a model by Feedback Distillation",
+        description=_TRAIN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_settings(train)
+    train.add_argument("--resume", action="store_true", help="from output_dir's newest checkpoint")
+    train.set_defaults(run=_train)
+
+    rollout = subparsers.add_parser(
+        "rollout",
+        help="let a model attempt problems, and keep the attempts",
+        description=_ROLLOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_settings(rollout)
+    rollout.add_argument("--model", metavar="PATH", help="model_name_or_path")
+    rollout.add_argument("--data", metavar="PATH", help="dataset")
+    rollout.add_argument(
+        "--backend",
+        choices=("hf", "vllm"),
+        help="what samples: transformers, or vLLM (a server's with vllm_server_base_url=...)",
+    )
+    rollout.add_argument("--output", type=Path, default=Path("runs/rollout"), metavar="FOLDER")
+    rollout.add_argument("--limit", type=int, metavar="N", help="the first N problems alone")
+    rollout.add_argument(
+        "--no-feedback",
+        action="store_true",
+        help="neither feedback nor a teacher's view of the tokens",
+    )
+    rollout.set_defaults(run=_rollout)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="over the file's settings")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML, `key: value` lines")
+    parser.add_argument(
+        "--preset", choices=_Presets(), metavar="NAME", help="begin with these: %(choices)s"
+    )
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from fdfast.trainer import load_config, train
+
+    train(
+        load_config(arguments.config, arguments.settings, preset=arguments.preset),
+        resume=arguments.resume,
+    )
+    return 0
+
+
+def _rollout(arguments: argparse.Namespace) -> int:
+    from fdfast.trainer.collect import collect
+
+    if arguments.limit is not None and arguments.limit < 1:
+        raise InputError(f"--limit must be at least 1; got {arguments.limit}")
+    collect(
+        _rollout_config(arguments),
+        arguments.output,
+        limit=arguments.limit,
+        feedback=not arguments.no_feedback,
+    )
+    return 0
+
+
+def _rollout_config(arguments: argparse.Namespace) -> "TrainConfig":
+    """The settings, where the command's own words win."""
+    from fdfast.trainer import load_config
+
+    words = list(arguments.settings)
+    if arguments.no_feedback:  # whatever source is named is not asked
+        words += ["feedback=constant", "feedback_text=none", "feedback_on_failure=skip"]
+    for key, value in (("model_name_or_path", arguments.model), ("dataset", arguments.data)):
+        if value is not None:
+            words.append(f"{key}={value}")
+    if arguments.backend is not None:
+        words.append(f"use_vllm={'true' if arguments.backend == 'vllm' else 'false'}")
+    if arguments.backend == "vllm" and any(w.startswith("vllm_server_base_url=") for w in words):
+        words.append("vllm_mode=server")
+    return load_config(arguments.config, words, preset=arguments.preset)

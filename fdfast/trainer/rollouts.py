@@ -1,0 +1,204 @@
+"""The stages that make a step's attempts: rollout, Lean's verdicts, feedback, teacher's prompts."""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from fdfast.data import base_theorems_path
+from fdfast.data.problems import Problem, questions_path, read_problems
+from fdfast.errors import InputError, MachineError
+from fdfast.feedback import FeedbackItem, FeedbackProvider
+from fdfast.lean import LeanPool
+from fdfast.lean.tools import Limits, tool_schemas
+from fdfast.rollout import Engine, SamplingOptions, Toolboxes, Trajectory, generate
+from fdfast.trainer.batch import Attempt, Prompts
+from fdfast.trainer.config import TrainConfig
+from fdfast.trainer.metrics import Clock
+
+
+class Weights(Protocol):
+    """What is sampled from: `TrainState`."""
+
+    @property
+    def model(self) -> object:
+        """The student."""
+
+    @property
+    def step(self) -> int:
+        """How often it was changed."""
+
+
+@dataclasses.dataclass
+class Rollouts:
+    """Makes attempts.
+
+    Attributes:
+        config: of the run.
+        engine: samples.
+        lean: checks; None for chat questions.
+        prompts: of student and teacher.
+        provider: of feedback; None gives none, and teacher's prompts are the student's.
+        synced_step: the step whose weights the engine has.
+    """
+
+    config: TrainConfig
+    engine: Engine
+    lean: LeanPool | None
+    prompts: Prompts
+    provider: FeedbackProvider | None
+    synced_step: int | None = None
+
+    def attempts(
+        self,
+        problems: Sequence[Problem],
+        num_generations: int,
+        seed: int,
+        weights: Weights,
+        clock: Clock,
+    ) -> tuple[list[Attempt], dict[str, float]]:
+        """Attempts with verdict and feedback, those at one problem together.
+
+        Returns:
+            The attempts, feedback None where it failed, and what the provider counted.
+
+        Raises:
+            MachineError: a stage met a fault of the machine, or feedback failed for all.
+        """
+        if self.synced_step != weights.step:
+            with clock("weight_sync"):
+                self.engine.update_weights(weights.model)
+            self.synced_step = weights.step
+        every = [problem for problem in problems for _ in range(num_generations)]
+        with self._toolboxes() as toolboxes:
+            trajectories = generate(
+                every,
+                self.engine,
+                sampling_options(self.config),
+                toolboxes,
+                prompt=self.prompts.student,
+                lean=self.lean,
+                seed=seed,
+                timed=clock,
+            )
+        with clock("feedback"):
+            return self._with_feedback(every, trajectories, step=weights.step + 1)
+
+    def _toolboxes(self) -> contextlib.AbstractContextManager[Toolboxes | None]:
+        if not self.config.tools:
+            return contextlib.nullcontext()
+        assert self.lean is not None
+        return Toolboxes(
+            self.lean,
+            libraries=tool_libraries(self.config),
+            limits=Limits(check_seconds=self.config.lean_timeout_s),
+        )
+
+    def _with_feedback(
+        self, problems: Sequence[Problem], trajectories: Sequence[Trajectory], *, step: int
+    ) -> tuple[list[Attempt], dict[str, float]]:
+        plain = [
+            Attempt(problem, trajectory, trajectory.prompt_ids)
+            for problem, trajectory in zip(problems, trajectories, strict=True)
+        ]
+        if self.provider is None:
+            return plain, {}
+        counters = self.provider.counters
+        before = None if counters is None else dataclasses.replace(counters)
+        texts = self.provider.feedback_many([_item(a, self._tool_names()) for a in plain])
+        if all(text is None for text in texts):
+            raise MachineError(
+                f"step {step}: feedback {self.config.feedback!r} failed for all {len(texts)} "
+                f"attempts; the latest: {self.provider.last_failure}; mend that, or let another "
+                "source step in (feedback_on_failure), and --resume"
+            )
+        attempts = [self._told(a, text) for a, text in zip(plain, texts, strict=True)]
+        if counters is None or before is None:
+            return attempts, {}
+        return attempts, counters.metrics_since(before)
+
+    def _told(self, attempt: Attempt, text: str | None) -> Attempt:
+        """With the teacher's prompt for this feedback."""
+        if text is None:
+            return dataclasses.replace(attempt, feedback=None)
+        ids, clipped = self.prompts.teacher(attempt.problem, text)
+        return dataclasses.replace(
+            attempt, teacher_prompt_ids=ids, feedback=text, feedback_clipped=clipped
+        )
+
+    def _tool_names(self) -> tuple[str, ...]:
+        return tuple(tool["function"]["name"] for tool in self.prompts.tools)
+
+
+def told(attempts: Sequence[Attempt]) -> list[Attempt]:
+    """Those that are trained on: their feedback did not fail."""
+    return [a for a in attempts if a.feedback is not None]
+
+
+def sampling_options(config: TrainConfig) -> SamplingOptions:
+    """How the settings sample."""
+    return SamplingOptions(
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        stop_strings=config.stop_strings,
+        max_tool_calling_iterations=config.max_tool_calling_iterations,
+        max_tool_tokens=config.max_tool_tokens,
+    )
+
+
+def tool_libraries(config: TrainConfig) -> dict[str, Path]:
+    """The folders that the model may search, by name.
+
+    Raises:
+        InputError: one is no folder, or two have one name.
+    """
+    folders: dict[str, Path] = {}
+    for text in config.tool_libraries:
+        path = Path(text).expanduser().resolve()
+        if not path.is_dir():
+            raise InputError(f"config: tool_libraries must be folders; {text!r} is none")
+        if path.name in folders:
+            raise InputError(
+                f"config: tool_libraries {folders[path.name]} and {path} have the same last name, "
+                "by which the model knows them; rename one, or link to it"
+            )
+        folders[path.name] = path
+    return folders
+
+
+def schemas(config: TrainConfig) -> list[dict[str, object]]:
+    """The tools that the chat template shows."""
+    return tool_schemas(search=bool(config.tool_libraries)) if config.tools else []
+
+
+def read_split(config: TrainConfig, split: str) -> list[Problem]:
+    """The problems of a split, "" for all.
+
+    Raises:
+        InputError: no such data set, a malformed record, or none left.
+    """
+    packaged = {"base_theorems": base_theorems_path, "questions": questions_path}
+    path = packaged[config.dataset]() if config.dataset in packaged else Path(config.dataset)
+    return read_problems(path, task=config.task, split=split or None, names=config.problem_names)
+
+
+def lean_pool(config: TrainConfig) -> contextlib.AbstractContextManager[LeanPool | None]:
+    """One pool of Lean processes for the whole run; None for chat questions."""
+    if config.task != "lean":
+        return contextlib.nullcontext()
+    return LeanPool(workers=config.lean_workers, timeout_s=config.lean_timeout_s)
+
+
+def _item(attempt: Attempt, tools: tuple[str, ...]) -> FeedbackItem:
+    return FeedbackItem(
+        attempt.problem,
+        attempt.completion.text,
+        attempt.completion.verdict,
+        proof=attempt.completion.proof,
+        truncated=attempt.completion.truncated,
+        tools=tools,
+        tool_calls=tuple(attempt.completion.tool_calls),
+    )
