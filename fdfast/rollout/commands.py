@@ -5,6 +5,7 @@ import fnmatch
 import io
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from fdfast.errors import InputError, MachineError
 from fdfast.files import atomic_file
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
     from fdfast.rollout.records import Record
     from fdfast.rollout.show import ShowOptions
@@ -29,6 +30,7 @@ likely. Without colours (a pipe, NO_COLOR) the tokens that moved most are marked
 FILE is .jsonl or .parquet, or a folder: of `fdfast rollout` (its trajectories.jsonl is shown) or of
 a training run (attempts.jsonl)."""
 
+_BLANKS = re.compile(" +\n")
 _IN_FOLDER = ("trajectories.jsonl", "attempts.jsonl")
 
 _HTML = """<!doctype html>
@@ -118,6 +120,8 @@ def _refuse(arguments: argparse.Namespace) -> None:
             raise InputError(f"--{name} must be at least {least}; got {value}")
     if not (arguments.scale > 0 and math.isfinite(arguments.scale)):
         raise InputError(f"--scale must be more than 0 nats; got {arguments.scale:g}")
+    if arguments.html is not None and arguments.html.is_dir():
+        raise InputError(f"--html {arguments.html}: is a folder; name a file")
     if arguments.index is not None and (arguments.problem or arguments.step is not None):
         raise InputError("--index names one record; drop it, or --problem and --step")
 
@@ -130,21 +134,26 @@ def _colours(asked: bool | None) -> bool:
 
 
 def _console(colours: bool, width: int | None) -> "Console":
-    """A console that leaves a closed pipe to the command line, and never writes an escape code
-    unless colours are wanted: not for bold either.
-    """
+    """A console that writes no escape code unless colours are wanted: not for bold either."""
     from rich.console import Console
 
-    class Plain(Console):
-        def on_broken_pipe(self) -> None:
-            raise  # noqa: PLE0704 -- called while it is handled
-
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that is not UTF-8 sees \u22a2
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that is not UTF-8 sees \\u22a2
         sys.stdout.reconfigure(errors="backslashreplace")
     if not colours:
-        return Plain(width=width, color_system=None, force_terminal=False, highlight=False)
+        return Console(width=width, color_system=None, force_terminal=False, highlight=False)
     system: Any = "auto" if sys.stdout.isatty() else "truecolor"
-    return Plain(width=width, color_system=system, force_terminal=True, highlight=False)
+    return Console(width=width, color_system=system, force_terminal=True, highlight=False)
+
+
+def _put(console: "Console", part: "RenderableType") -> None:
+    """Print a part without the blanks with which rich fills lines."""
+    if console.record:
+        console.print(part)
+        return
+    with console.capture() as captured:
+        console.print(part)
+    # By print, since rich ends the process where the pipe is closed.
+    print(_BLANKS.sub("\n", captured.get()), end="")
 
 
 def _print(
@@ -154,6 +163,8 @@ def _print(
     notes: list[str],
 ) -> int:
     """Print what is asked for as it is read; how many records that were."""
+    from rich.text import Text
+
     from fdfast.rollout.show import record_row, record_table, record_view
 
     table = record_table()
@@ -168,12 +179,12 @@ def _print(
             table.add_row(*record_row(record, index))
             continue
         for part in record_view(record, index, options):
-            console.print(part)
+            _put(console, part)
     if arguments.list:
-        console.print(table)
+        _put(console, table)
     if more:
         line = f"... {more} more; --limit {count + more} shows all, --list a table of them"
-        console.print(line, markup=False, soft_wrap=True)
+        _put(console, Text(line))
     return count
 
 

@@ -31,7 +31,7 @@ from fdfast.rollout.show_ratios import (
     summary_text,
 )
 from fdfast.rollout.show_text import cut, harmless
-from fdfast.rollout.trajectory import ToolCall
+from fdfast.rollout.trajectory import ToolCall, Trajectory
 
 VERDICT_COLOURS = {
     "proved": "green",
@@ -94,7 +94,7 @@ def record_view(record: Record, index: int, options: ShowOptions) -> Iterator[Re
         yield Padding(Text(_NO_TEACHER, "dim", overflow="fold"), (1, 0, 0, 2))
     else:
         yield Padding(Text("no student log-probabilities", "dim"), (1, 0, 0, 2))
-    if trajectory.verdict is not None and trajectory.proof:
+    if trajectory.verdict is not None and _says_more(trajectory, options):
         yield Text()
         yield _heading("proof, as Lean was asked to check it")
         yield _code_or_text(trajectory.proof, options, lean=True, numbers=True)
@@ -105,6 +105,13 @@ def record_view(record: Record, index: int, options: ShowOptions) -> Iterator[Re
         panel = Panel(told, title=title, title_align="left", border_style="blue", box=ROUNDED)
         yield Padding(panel, (0, 0, 0, 2))
     yield Text()
+
+
+def _says_more(trajectory: Trajectory, options: ShowOptions) -> bool:
+    """Whether the proof is not what the last turn shows already."""
+    return bool(trajectory.proof) and (
+        options.full or trajectory.proof.strip() != trajectory.text.strip()
+    )
 
 
 def _header(record: Record, index: int) -> Rule:
@@ -130,22 +137,17 @@ def _facts(record: Record) -> Text:
         facts[-1] += f" of {written + told}"
     if trajectory.tool_calls:
         calls = len(trajectory.tool_calls)
-        facts.append(f"{calls} tool call{'s' if calls != 1 else ''}")
-    if trajectory.waited_s:
-        facts.append(f"waited {trajectory.waited_s:.2f} s for tools")
-    if record.step is not None:
-        facts.append(f"step {record.step}")
-    facts.append(f"seed {record.seed}")
-    if record.evaluation:
-        facts.append("evaluation")
-    if record.model:
-        facts.append(_one_line(record.model))
-    text = Text(" \u00b7 ".join(facts), "dim", overflow="fold")
-    if trajectory.verdict is not None and trajectory.verdict.reason:
-        colour = VERDICT_COLOURS[trajectory.verdict.kind]
-        reason = Text(_one_line(trajectory.verdict.reason), colour, overflow="fold")
-        return Text("\n").join([reason, text])
-    return text
+        waited = f"{trajectory.waited_s:.2f} s waited for tools"
+        facts.append(f"{calls} call{'s' if calls != 1 else ''}, {waited}")
+    origin = [_one_line(record.model)] if record.model else []
+    origin += [] if record.step is None else [f"step {record.step}"]
+    origin += [f"seed {record.seed}"] + ["evaluation"] * record.evaluation
+    lines = [Text(" \u00b7 ".join(words), "dim") for words in (facts, origin)]
+    verdict = trajectory.verdict
+    # Of `failed` the reason is the first error with its place, which follows.
+    if verdict is not None and not any(m.text in verdict.reason for m in verdict.messages):
+        lines.insert(0, Text(_one_line(verdict.reason), VERDICT_COLOURS[verdict.kind]))
+    return Text("\n", overflow="fold").join(line for line in lines if line)
 
 
 def _messages(messages: Sequence[Message], options: ShowOptions) -> Iterator[RenderableType]:
@@ -154,7 +156,8 @@ def _messages(messages: Sequence[Message], options: ShowOptions) -> Iterator[Ren
     shown = messages if options.full else messages[:3]
     for message in shown:
         said = message.text if options.full else cut(message.text, lines=6)
-        text = Text(f"{message.line}:{message.column} ", "dim", overflow="fold", tab_size=4)
+        text = Text(overflow="fold", tab_size=4)
+        text.append(f"{message.line}:{message.column} ", "dim")
         text.append(harmless(message.severity), colours.get(message.severity, "blue"))
         text.append(" ").append(harmless(said))
         yield Padding(text, (0, 0, 0, 4))
@@ -169,13 +172,14 @@ def _turns(record: Record, options: ShowOptions) -> Iterator[RenderableType]:
     calls: dict[int, list[ToolCall]] = {}
     for call in trajectory.tool_calls:
         calls.setdefault(call.position, []).append(call)
+    answered = set(calls)
     number = end = 0
     for wrote, run in groupby(trajectory.wrote):
         begin, end = end, end + len(list(run))
         tokens = record.tokens[begin:end]
         if not wrote:
             # Shown as the calls' outputs; text that no call accounts for is not passed over.
-            if begin not in calls:
+            if begin not in answered:
                 yield Text()
                 yield _heading(f"read, not written ({end - begin} tokens)")
                 yield _indented("".join(tokens), style="dim")
@@ -195,8 +199,10 @@ def _turns(record: Record, options: ShowOptions) -> Iterator[RenderableType]:
 
 def _call(call: ToolCall, options: ShowOptions) -> Iterator[RenderableType]:
     """A call: name, arguments, whether it went well, and the answer."""
-    text = Text("\u2192 ", "bold cyan", overflow="fold")
-    text.append(_one_line(call.name) or "(no call that can be read)", "bold cyan")
+    text = Text(overflow="fold")
+    text.append("\u2192 ", "bold cyan").append(
+        _one_line(call.name) or "(no call that can be read)", "bold cyan"
+    )
     text.append("  ")
     text.append("ok" if call.ok else "failed", "green" if call.ok else "bold red")
     text.append(f"  {call.seconds:.2f} s", "dim")
@@ -211,8 +217,8 @@ def _call(call: ToolCall, options: ShowOptions) -> Iterator[RenderableType]:
                 continue
             said = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             said = said if options.full else cut(said, lines=12)
-            line = Text(f"{_one_line(name)}: ", "cyan", overflow="fold", tab_size=4)
-            yield Padding(line.append(harmless(said), "default"), (0, 0, 0, 6))
+            line = Text(overflow="fold", tab_size=4).append(f"{_one_line(name)}: ", "cyan")
+            yield Padding(line.append(harmless(said)), (0, 0, 0, 6))
         if isinstance(code, str):
             yield _code_or_text(code, options, lean=True, by=6, numbers=True)
     yield _indented(call.output, by=6, style="dim", options=options, first="\u2190 ")
@@ -274,13 +280,13 @@ def _code_or_text(
 
 def record_table() -> Table:
     """An empty table of records; `record_row` gives its rows."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold")
     table.add_column("index", justify="right", style="dim")
     table.add_column("problem", overflow="fold")
     for name in ("verdict", "end"):
         table.add_column(name, no_wrap=True)
     for name in ("step", "tokens", "calls", "mean log-ratio"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 

@@ -62,7 +62,7 @@ def coloured(
     tokens: Sequence[str], ratios: Sequence[float] | None, palette: Palette | None, scale: float
 ) -> Text:
     """Tokens with their log-ratios: as backgrounds, or without a palette as marks such as
-    `[[simp -1.8]]` (in the double brackets of U+27E6) at those that moved by half the scale.
+    `[[simp|-1.8]]` (in the double brackets of U+27E6) at those that moved by half the scale.
 
     Args:
         tokens: their texts.
@@ -91,16 +91,17 @@ def _marked(token: str, ratio: float) -> str:
     word = token.strip(" \n")
     if not word:
         word = token.replace("\n", "\u21b5").replace(" ", "\u2423")
-        return f"\u27e6{word} {ratio:+.1f}\u27e7" + "\n" * token.count("\n")
+        return f"\u27e6{word}|{ratio:+.1f}\u27e7" + "\n" * token.count("\n")
     before, after = token.split(word, 1)
-    return f"{before}\u27e6{word} {ratio:+.1f}\u27e7{after}"
+    return f"{before}\u27e6{word}|{ratio:+.1f}\u27e7{after}"
 
 
 def legend(palette: Palette | None, scale: float) -> Text:
     """One line that says what the colours, or the marks, mean."""
     if palette is None:
-        marked = f"\u27e6token log-ratio\u27e7 where it is {_STRONG * scale:g} nats or more"
-        return Text(f"teacher log-prob - student log-prob: {marked}", overflow="fold")
+        least = _STRONG * scale
+        where = f"where that is {least:g} nat{'s' if least != 1 else ''} or more"
+        return Text(f"\u27e6token|x\u27e7: teacher's less student's log-prob, {where}")
     text = Text("teacher finds it  less likely ", overflow="fold")
     cells = 8
     text.append(f"-{scale:.1f} ")

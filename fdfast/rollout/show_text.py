@@ -29,19 +29,21 @@ def _spelled(found: re.Match[str]) -> str:
 
 
 def cut(text: str, *, lines: int, chars: int = 2000) -> str:
-    """The beginning of a text, with a note of what was cut.
+    """The beginning of a text, with a note of what was cut; without newlines at its end.
 
     Args:
         text: any.
         lines: that are kept.
         chars: that are kept of them, over all.
     """
+    text = text.rstrip("\n")
     kept = "\n".join(text.split("\n")[:lines])[:chars]
-    if len(kept) == len(text):
+    rest = text[len(kept) :]
+    if not rest:
         return text
-    left = text[len(kept) :].strip("\n").count("\n") + 1
-    if text[len(kept)] == "\n":
+    if rest[0] == "\n":
+        left = rest.count("\n")
         what = f"{left} more line{'s' if left > 1 else ''}"
     else:
-        what = f"{len(text) - len(kept)} more characters"
+        what = f"{len(rest)} more characters"
     return f"{kept}\n... {what} (--full shows all)"
