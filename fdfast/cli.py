@@ -1,4 +1,4 @@
-"""The command line: `fdfast model|lean|kernels|train|rollout|show|demo`. Each area adds its own commands."""
+"""The command line, `fdfast model|lean|kernels|train|rollout|show|demo`: each area adds its own."""
 
 import argparse
 import os
@@ -11,6 +11,7 @@ from typing import NoReturn
 import fdfast
 from fdfast.errors import InputError, MachineError
 from fdfast.interrupts import sigterm_as_interrupt
+
 
 class _Parser(argparse.ArgumentParser):
     """One line for a wrong word, with where to look."""

@@ -37,6 +37,7 @@ FIELDS: dict[str, Any] = {
     "seed": "int",
     "model": "text",
     "verdict": (VERDICT,),
+    "proof": "text",
     "end": frozenset(get_args(End)),
     "waited_s": "number",
     "statement": "text",
