@@ -25,7 +25,12 @@ MIN_SHARED = 8
 
 def end_ids(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end a turn: the model's own and the tokenizer's."""
-    ends = model.generation_config.eos_token_id
+    return end_ids_of(model.generation_config, tokenizer)
+
+
+def end_ids_of(generation_config: Any, tokenizer: Any) -> list[int]:
+    """Likewise, where there is no model but its generation config."""
+    ends = generation_config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     return sorted({*ends, tokenizer.eos_token_id} - {None})
 
