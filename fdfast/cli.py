@@ -1,4 +1,4 @@
-"""The command line. Each area adds its own commands: lean, kernels, train, rollout, show."""
+"""The command line, `fdfast model|lean|kernels|train|rollout|show|demo`: each area adds its own."""
 
 import argparse
 import os

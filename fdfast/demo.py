@@ -210,8 +210,8 @@ def _answers(folder: Path, count: int = 4) -> Section:
 def _proofs(folder: Path, count: int = 10) -> Section:
     """Attempts of the training steps, proofs first."""
     attempts = [r for r in read_jsonl(folder / "attempts.jsonl") if not r.get("evaluation")]
-    attempts.sort(key=lambda r: r["verdict"] != "proved")
-    rows = [(r["problem"], r["completion"].strip(), r["verdict"]) for r in attempts[:count]]
+    attempts.sort(key=lambda r: r["verdict"]["kind"] != "proved")
+    rows = [(r["problem"], r["completion"].strip(), r["verdict"]["kind"]) for r in attempts[:count]]
     return Section("Attempts", "", ("theorem", "attempt", "verdict"), rows)
 
 

@@ -272,3 +272,35 @@ def test_a_template_without_tools_is_refused(engine, monkeypatch):
     monkeypatch.setattr(engine.tokenizer, "chat_template", template)
     with pytest.raises(InputError, match="does not write messages of the role 'tool'"):
         engine.generate([[5]], SamplingOptions(), seed=0, tools=lambda _number: Echo())
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_what_prompts_share_passes_once_and_changes_nothing(tmp_path, kind):
+    """A common beginning, prompts that are attempted several times, one that is a prefix."""
+    model, tokenizer = load_model(save_tiny_model(tmp_path, kind=kind))
+    engine = HFEngine(model, tokenizer, batch_size=4)
+    start = [*range(50, 90)]
+    asked = [[*start, *end] for end in ([7], [8, 9, 10, 11], [12, 13], [7], [7], [8, 9, 10, 11])]
+    asked.append(start)
+    passed = []
+
+    def count(module, args, kwargs):
+        passed.append(kwargs["input_ids"].numel())
+
+    hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    options = SamplingOptions(max_completion_length=10)
+    seen = engine.generate(asked, options, seed=4)
+    hook.remove()
+    assert passed[0] == len(start) - 1
+    assert max(passed[1:]) < len(start)  # the beginning passed once
+    assert passed[1] == 3 * 5  # three prompts that differ, of five tokens at most
+    for prompt, trajectory in zip(asked, seen, strict=True):
+        right = torch.tensor(trajectory.logprobs)
+        with torch.no_grad():
+            ids = torch.tensor([[*prompt, *trajectory.ids]])
+            logits = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected = logits.gather(1, torch.tensor(trajectory.ids)[:, None])[:, 0]
+        torch.testing.assert_close(right, expected, rtol=0, atol=1e-4)
+    assert seen[0].ids != seen[3].ids, "attempts at one prompt draw from one random stream"
+    alone = engine.generate(asked[:1], options, seed=4)
+    assert alone[0].ids == seen[0].ids

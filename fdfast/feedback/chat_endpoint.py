@@ -6,25 +6,19 @@ call, no error and no log.
 
 import asyncio
 import contextlib
-import os
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-from fdfast.errors import InputError, MachineError
+from fdfast import http_calls
+from fdfast.errors import InputError
 from fdfast.feedback.ledger import Budget, BudgetError, FeedbackCounters, Prices, Usage
 
 if TYPE_CHECKING:
     import httpx2
 
-# What a later try may mend: overload, a restart, a proxy's error. 529 is "overloaded" at some.
-_RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 # A wrong key, model or address: no attempt's fault, and no later request would fare better.
 _REFUSED = frozenset({301, 302, 307, 308, 401, 403, 404})
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 60.0
 # A server that wants more patience than this is not asked again for this attempt.
 _MOST_PATIENCE_S = 600.0
 
@@ -82,19 +76,12 @@ def _check_url(url: str) -> None:
         raise InputError(
             "feedback 'llm' wants feedback_base_url, https://api.openai.com/v1, say; got ''"
         )
-    try:
-        parts = urlsplit(url)
-        host = parts.hostname
-        carries = "@" in parts.netloc or bool(parts.query or parts.fragment)
-    except ValueError:
-        host, carries, parts = None, False, urlsplit("")
-    if carries:
-        raise InputError(
-            "feedback_base_url must carry no user, password or query (not shown here); put the key "
-            "into the variable that feedback_api_key_env names"
-        )
-    if parts.scheme not in ("http", "https") or not host:
-        raise InputError(f"feedback_base_url must be http(s)://HOST[:PORT]/v1; got {url!r}")
+    http_calls.check_url(
+        url,
+        setting="feedback_base_url",
+        form="http(s)://HOST[:PORT]/v1",
+        key_setting="feedback_api_key_env",
+    )
 
 
 def api_key(name: str) -> str:
@@ -103,20 +90,7 @@ def api_key(name: str) -> str:
     Raises:
         InputError: it is not set, or can be no key; the message does not show it.
     """
-    if not name:
-        return ""
-    key = os.environ.get(name, "").strip()
-    if not key:
-        raise InputError(
-            f"feedback 'llm': the environment variable {name} holds no key; export it, or set "
-            "feedback_api_key_env to another name ('' for a server that wants none)"
-        )
-    if not all("!" <= c <= "~" for c in key):
-        raise InputError(
-            f"feedback 'llm': the environment variable {name} must hold a key of printable ASCII "
-            "without spaces; what it holds is not shown"
-        )
-    return key
+    return http_calls.read_key(name, user="feedback 'llm'", setting="feedback_api_key_env")
 
 
 class NoAnswerError(Exception):
@@ -198,8 +172,7 @@ class ChatEndpoint:
         asked = failure.retry_after_s
         if asked > _MOST_PATIENCE_S:
             raise NoAnswerError(f"{failure}; it asks for {asked:.0f} s of patience")
-        most = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**retry)
-        await self.sleep(asked + self.uniform(0.0, most))
+        await self.sleep(http_calls.backoff_s(retry, asked, self.uniform))
 
     async def _within_budget(self, request: dict[str, Any]) -> Answer:
         """One request. What it may cost is reserved; what it did cost is counted, and where no
@@ -243,23 +216,20 @@ class ChatEndpoint:
             raise _RetryError(self._safe(f"answer lost: {error}"), lost=True) from None
         if response.status_code == 200:
             answer = _read(response)
-            return replace(answer, text=self._without_key(answer.text))
-        said = self._safe(f"HTTP {response.status_code}: {_error_text(response)}")
+            return replace(answer, text=http_calls.without_key(answer.text, self._key))
+        said = self._safe(f"HTTP {response.status_code}: {http_calls.error_text(response)}")
         if response.status_code in _REFUSED:
             raise InputError(
                 f"feedback 'llm': {self.settings.base_url} refused model {self.settings.model!r} "
                 f"({said}); see feedback_base_url, feedback_model and feedback_api_key_env"
             )
-        if response.status_code not in _RETRIED:
+        if response.status_code not in http_calls.RETRIED:
             raise NoAnswerError(said)
-        raise _RetryError(said, lost=False, retry_after_s=_retry_after_s(response))
+        raise _RetryError(said, lost=False, retry_after_s=http_calls.retry_after_s(response))
 
     def _safe(self, text: str) -> str:
         """One line of what the server said, which may repeat the key."""
-        return " ".join(self._without_key(text).split())[:300]
-
-    def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "[key]") if self._key else text
+        return http_calls.one_line(text, self._key)
 
 
 class _RetryError(Exception):
@@ -293,35 +263,10 @@ def _read(response: "httpx2.Response") -> Answer:
     return Answer(text, choice.get("finish_reason") == "length", usage)
 
 
-def _error_text(response: "httpx2.Response") -> str:
-    """What the server says went wrong, without its JSON around it."""
-    try:
-        said = response.json()["error"]
-        return str(said["message"] if isinstance(said, dict) else said)
-    except (ValueError, LookupError, TypeError):
-        return response.text
-
-
-def _retry_after_s(response: "httpx2.Response") -> float:
-    """Retry-After in seconds, of either form; 0 if there is none that can be read."""
-    text = response.headers.get("Retry-After", "").strip()
-    with contextlib.suppress(ValueError):
-        return max(0.0, float(text))
-    with contextlib.suppress(ValueError, TypeError):
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    return 0.0
-
-
 def import_httpx2() -> Any:
     """The module httpx2.
 
     Raises:
         MachineError: it is not installed.
     """
-    try:
-        import httpx2
-    except ImportError as error:
-        raise MachineError(
-            f"feedback 'llm' needs httpx2 ({error}); run: pip install 'fdfast[train]'"
-        ) from error
-    return httpx2
+    return http_calls.import_httpx2("feedback 'llm'")

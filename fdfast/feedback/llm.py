@@ -7,7 +7,7 @@ Source: Feedback Distillation (2026), arXiv 2605.30861, its list of feedback sou
 import asyncio
 import random
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from fdfast.feedback.ledger import FeedbackCounters
 from fdfast.feedback.prompts import Message, ask_again, feedback_messages
 from fdfast.feedback.rules import broken_rule, spoken
 from fdfast.files import cache_dir
+from fdfast.http_calls import LoopThread
 
 
 class LLMFeedback:
@@ -64,8 +65,8 @@ class LLMFeedback:
             InputError: the endpoint refuses the key, the model or the address.
             MachineError: the cache can't be used.
         """
-        with self._one_call:
-            return _run(self._all(items))
+        with self._one_call, LoopThread("feedback") as loop:
+            return loop.submit(self._all(items)).result()
 
     async def _all(self, items: Sequence[FeedbackItem]) -> list[str | None]:
         groups: dict[str, list[int]] = {}  # equal attempts are asked about once
@@ -137,28 +138,3 @@ def _first(errors: BaseExceptionGroup[Exception]) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
-
-
-def _run(work: Coroutine[Any, Any, list[str | None]]) -> list[str | None]:
-    """Await it in a loop of its own, in a thread of its own: the caller may have a loop already (a
-    notebook), and Ctrl-C or SIGTERM then strikes a wait and never the inside of the loop.
-    """
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="feedback", daemon=True)
-    thread.start()
-    try:
-        return asyncio.run_coroutine_threadsafe(work, loop).result()
-    finally:
-        asyncio.run_coroutine_threadsafe(_cancel_others(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
-
-
-async def _cancel_others() -> None:
-    """End whatever else runs in this loop, and wait for its end."""
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
-    await asyncio.get_running_loop().shutdown_asyncgens()

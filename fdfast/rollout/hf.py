@@ -1,10 +1,12 @@
 """Rollouts with a Hugging Face model: continuous batching with its KV cache.
 
 A trajectory that waits for its tools leaves the batch, the others go on, and whoever comes back or
-is next in line takes the free place.
+is next in line takes the free place. What all prompts begin with passes through the model once, and
+so does a prompt that is attempted several times.
 Legend: B rows of the batch, L positions, V vocabulary.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,10 +19,18 @@ from fdfast.rollout.sampling import sample
 from fdfast.rollout.trajectory import SamplingOptions, Trajectory
 from fdfast.rollout.turns import Draft, MakeTools, OnEnd, Turns, WaitFor
 
+# A shorter beginning is not worth a pass of its own.
+MIN_SHARED = 8
+
 
 def end_ids(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end a turn: the model's own and the tokenizer's."""
-    ends = model.generation_config.eos_token_id
+    return end_ids_of(model.generation_config, tokenizer)
+
+
+def end_ids_of(generation_config: Any, tokenizer: Any) -> list[int]:
+    """Likewise, where there is no model but its generation config."""
+    ends = generation_config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     return sorted({*ends, tokenizer.eos_token_id} - {None})
 
@@ -110,9 +120,11 @@ class _Batch:
         self.rows: list[_Row] = []  # that are decoded, in the order of the cache
         self.cache = KVCache()
         self.waiting: dict[int, _Row] = {}
+        self.shared = KVCache()  # one row: what all prompts begin with
 
     def run(self, prompts: Sequence[Sequence[int]]) -> list[Trajectory]:
         """Until all are done."""
+        self._share(prompts)
         queue = list(enumerate(prompts))[::-1]
         back: list[_Row] = []
         while queue or back or self.rows or self.waiting:
@@ -130,7 +142,22 @@ class _Batch:
     def _new_row(self, number: int, prompt: Sequence[int]) -> _Row:
         draft = self.turns.begin(number, prompt)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        return _Row(draft, generator, list(prompt))
+        return _Row(draft, generator, list(prompt)[self.shared.num_columns :])
+
+    def _share(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Compute what all prompts begin with; each keeps a token of its own."""
+        if len(prompts) < 2:
+            return
+        first, last = (
+            min(prompts, key=list),
+            max(prompts, key=list),
+        )  # whatever these two share, all do
+        most = min(map(len, prompts)) - 1
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+        prefix = [token for token, _ in itertools.islice(same, most)]
+        if len(prefix) >= MIN_SHARED:
+            ids_1L = self._tensor([prefix])
+            _, self.shared = forward(self.engine.model, KVCache(), ids_1L, torch.ones_like(ids_1L))
 
     def _returned(self, *, idle: bool) -> list[_Row]:
         """The rows whose tools have answered; waited for where there is nothing else to do."""
@@ -144,17 +171,30 @@ class _Batch:
 
     def _admit(self, rows: list[_Row]) -> None:
         """Compute what the cache does not hold of new rows, and let them join."""
-        new = [row for row in rows if not row.cache.num_rows]
-        for group in ([new] if new else []) + [[row] for row in rows if row.cache.num_rows]:
-            longest = max(len(row.pending) for row in group)
-            pad = self.engine.tokenizer.pad_token_id or 0
-            ids = [[pad] * (longest - len(row.pending)) + row.pending for row in group]
-            mask = [[0] * (longest - len(row.pending)) + [1] * len(row.pending) for row in group]
-            cache = group[0].cache if len(group) == 1 else KVCache()
-            logits, cache = forward(self.engine.model, cache, self._tensor(ids), self._tensor(mask))
-            for row in group:
+        if new := [row for row in rows if not row.cache.num_rows]:
+            different = {tuple(row.pending): None for row in new}  # a dict keeps their order
+            places = {pending: place for place, pending in enumerate(different)}
+            logits, cache = self._prefill([*different])
+            every = [places[tuple(row.pending)] for row in new]
+            if len(different) < len(new):
+                logits, cache = logits[every], cache.take(every)
+            self._advance(new, cache, logits)
+        for row in rows:
+            if row.cache.num_rows:
+                ids_1L = self._tensor([row.pending])
+                mask_1L = torch.ones_like(ids_1L)
+                logits, cache = forward(self.engine.model, row.cache, ids_1L, mask_1L)
                 row.cache = KVCache()
-            self._advance(group, cache, logits)
+                self._advance([row], cache, logits)
+
+    def _prefill(self, pendings: list[tuple[int, ...]]) -> tuple[Tensor, KVCache]:
+        """Prompts after what they share, padded on the left."""
+        longest = max(map(len, pendings))
+        pad = self.engine.tokenizer.pad_token_id or 0
+        ids = [[pad] * (longest - len(pending)) + [*pending] for pending in pendings]
+        mask = [[0] * (longest - len(pending)) + [1] * len(pending) for pending in pendings]
+        cache = self.shared.take([0] * len(pendings))
+        return forward(self.engine.model, cache, self._tensor(ids), self._tensor(mask))
 
     def _step(self) -> None:
         """One token for every row."""

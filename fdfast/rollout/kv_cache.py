@@ -1,6 +1,7 @@
 """The keys and values of sequences that are decoded together, while some join and some leave.
 
-Rows are padded on the left to one length, so that every step appends one column to all.
+Rows are padded to one length, on the left or after a beginning that all share, so that every step
+appends one column to all.
 Legend: B rows, K key heads, L positions, E head size.
 """
 
@@ -31,8 +32,15 @@ class KVCache:
         """B."""
         return 0 if self.mask_BL is None else len(self.mask_BL)
 
+    @property
+    def num_columns(self) -> int:
+        """L."""
+        return 0 if self.mask_BL is None else self.mask_BL.shape[1]
+
     def take(self, rows: Sequence[int]) -> "KVCache":
-        """The cache of some rows, without columns in which all of them are padded."""
+        """The cache of some rows, without columns in which all of them are padded; a row that is
+        named twice is there twice.
+        """
         if self.mask_BL is None or not rows:
             return KVCache()
         index = torch.tensor(rows, device=self.mask_BL.device)
@@ -66,13 +74,13 @@ class KVCache:
 
 
 def forward(model: Any, cache: KVCache, ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, KVCache]:
-    """Let rows go on by some tokens, padded on the left.
+    """Let rows go on by some tokens, padded on the left: after a cache, in its middle.
 
     Args:
         model: a causal LM of transformers.
         cache: of B rows, or empty where they begin.
         ids_BL: (B, L) int64.
-        mask_BL: (B, L), 1 at real tokens; the last is one. With a cache there must be no padding.
+        mask_BL: (B, L), 1 at real tokens; the last is one.
 
     Returns:
         The logits (B, V) float32 after the last token of each row, and the longer cache.

@@ -139,6 +139,10 @@ class Turns:
         self._finish(draft, end)
         return False
 
+    def cut_off(self, draft: Draft) -> None:
+        """The engine has no room for another token of this draft: it is done."""
+        self._finish(draft, "length")
+
     def returned(self, wait_for: WaitFor) -> list[Draft]:
         """The drafts whose tools have answered, by number.
 

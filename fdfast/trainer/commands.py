@@ -10,7 +10,8 @@ from fdfast.errors import InputError
 if TYPE_CHECKING:
     from fdfast.trainer.config import TrainConfig
 
-_SETTINGS = """Settings come from the preset, then from the file, then from key=value words; the later wins:
+_SETTINGS = """Settings come from the preset, then from the file, then from key=value words;
+the later wins:
 
   fdfast {command}
 
@@ -27,10 +28,10 @@ and SIGTERM leave a checkpoint, from which --resume goes on.""".format(
     )
 )
 
-_ROLLOUT = """Let a model attempt problems, as the trainer does, and keep the attempts: what it wrote, its
-tool calls with their answers, Lean's verdict, the feedback, and for each token how likely student
-and teacher find it. They go to OUTPUT/trajectories.jsonl as they come and at the end to
-OUTPUT/trajectories.parquet; `fdfast show OUTPUT` prints them.
+_ROLLOUT = """Let a model attempt problems, as the trainer does, and keep the attempts: what it
+wrote, its tool calls with their answers, Lean's verdict, the feedback, and for each token how
+likely student and teacher find it. They go to OUTPUT/trajectories.jsonl as they come and at the
+end to OUTPUT/trajectories.parquet; `fdfast show` prints them.
 
 {settings}""".format(
     settings=_SETTINGS.format(

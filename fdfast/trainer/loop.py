@@ -154,7 +154,7 @@ def _train(run: _Run) -> None:
             state.num_tokens += int(metrics["num_tokens"])  # cumulative, as TRL counts
             metrics |= _update(state, config) | {"num_tokens": state.num_tokens}
             metrics |= summary(attempts, config.num_generations) | clock.metrics()
-            run.log.write({"step": state.step} | metrics, records(attempts, state.step))
+            run.log.write({"step": state.step} | metrics, _lines(run, attempts, seed))
         run.screen.say(step_line(state.step, metrics, config.max_steps))
         run.screen.at(state.step)
         if config.save_steps and state.step % config.save_steps == 0:
@@ -177,8 +177,19 @@ def _evaluate(run: _Run) -> None:
         metrics = run.scorer.score(told(attempts), backward=False) | counts
     metrics |= summary(attempts, num_generations)
     step = run.state.step
-    run.log.write_evaluation(step, metrics, records(attempts, step))
+    run.log.write_evaluation(step, metrics, _lines(run, attempts, seed))
     run.screen.say("evaluation  " + step_line(step, metrics, run.config.max_steps))
+
+
+def _lines(run: _Run, attempts: list[Attempt], seed: int) -> list[dict[str, Any]]:
+    """Of attempts.jsonl."""
+    return records(
+        attempts,
+        run.state.tokenizer,
+        model=run.config.model_name_or_path,
+        seed=seed,
+        step=run.state.step,
+    )
 
 
 def _check_folder(folder: Path, *, resume: bool) -> Path | None:

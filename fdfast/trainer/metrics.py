@@ -11,6 +11,7 @@ import torch
 
 from fdfast.errors import InputError
 from fdfast.files import atomic_file
+from fdfast.rollout.records import make_record, to_dict
 from fdfast.trainer.batch import Attempt
 
 
@@ -111,19 +112,30 @@ def summary(attempts: list[Attempt], num_generations: int) -> dict[str, float]:
     return seen
 
 
-def records(attempts: list[Attempt], step: int) -> list[dict[str, Any]]:
-    """A line of attempts.jsonl for each attempt."""
+def records(
+    attempts: list[Attempt], tokenizer: Any, *, model: str, seed: int, step: int
+) -> list[dict[str, Any]]:
+    """A line of attempts.jsonl for each attempt, which `fdfast show` prints.
+
+    Args:
+        attempts: of one step.
+        tokenizer: of the model.
+        model: its name.
+        seed: of the rollout.
+        step: finished steps when the line is written.
+    """
     return [
-        {
-            "step": step,
-            "problem": attempt.problem.name,
-            "completion": attempt.completion.text,
-            "ids": attempt.completion.ids,
-            "verdict": None
-            if attempt.completion.verdict is None
-            else attempt.completion.verdict.kind,
-            "feedback": attempt.feedback,
-        }
+        to_dict(
+            make_record(
+                attempt.problem,
+                attempt.completion,
+                tokenizer,
+                feedback=attempt.feedback,
+                model=model,
+                seed=seed,
+                step=step,
+            )
+        )
         for attempt in attempts
     ]
 

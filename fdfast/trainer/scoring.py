@@ -13,6 +13,7 @@ from torch import Tensor
 from fdfast.losses import FeedbackDistillationLoss
 from fdfast.models import HeadWeights, hidden_states, lm_head
 from fdfast.packing import PrefixTree, fill_packs
+from fdfast.policy_head import policy_head
 from fdfast.streaming import backward_in_parts
 from fdfast.topk_head import topk_head
 from fdfast.trainer.batch import Attempt, completion_tree
@@ -41,7 +42,9 @@ class Scorer:
         """
         num_tokens = sum(a.completion.num_sampled for a in attempts)
         totals: dict[str, float] = {}
-        for student, teacher in self._packs(attempts):
+        device = next(self.model.parameters()).device
+        for pack in _packs(attempts, self.config.max_pass_tokens):
+            student, teacher = (tree.to(device) for tree in _trees(pack))
             part = _Part(self, student, self._evidence(teacher), num_tokens, totals)
             if backward and student.num_tokens > self.config.max_pass_tokens:
                 budget = self.config.max_pass_tokens
@@ -52,20 +55,6 @@ class Scorer:
             if backward:
                 loss.backward()  # type: ignore[no-untyped-call]
         return totals
-
-    def _packs(self, attempts: Sequence[Attempt]) -> list[tuple[PrefixTree, PrefixTree]]:
-        """The student's and the teacher's trees, of the same attempts in the same order."""
-        device = next(self.model.parameters()).device
-        groups: dict[str, list[Attempt]] = {}
-        for attempt in attempts:
-            groups.setdefault(attempt.problem.name, []).append(attempt)
-        members = list(groups.values())
-        sizes = [max(tree.num_tokens for tree in _trees(group)) for group in members]
-        packs = []
-        for pack in fill_packs(sizes, self.config.max_pass_tokens):
-            student, teacher = _trees([a for group in pack for a in members[group]])
-            packs.append((student.to(device), teacher.to(device)))
-        return packs
 
     @torch.no_grad()
     def _evidence(self, tree: PrefixTree) -> TeacherHidden | TeacherTopK:
@@ -125,3 +114,62 @@ def _trees(attempts: Sequence[Attempt]) -> tuple[PrefixTree, PrefixTree]:
         completion_tree([a.completion.prompt_ids for a in attempts], completions, wrote),
         completion_tree([a.teacher_prompt_ids for a in attempts], completions, wrote),
     )
+
+
+def _packs(attempts: Sequence[Attempt], max_tokens: int) -> list[list[Attempt]]:
+    """The attempts of each pass; those at one problem stay together."""
+    groups: dict[str, list[Attempt]] = {}
+    for attempt in attempts:
+        groups.setdefault(attempt.problem.name, []).append(attempt)
+    members = list(groups.values())
+    sizes = [max(tree.num_tokens for tree in _trees(group)) for group in members]
+    return [[a for group in pack for a in members[group]] for pack in fill_packs(sizes, max_tokens)]
+
+
+@torch.no_grad()
+def token_logprobs(
+    student: Any, teacher: Any, attempts: Sequence[Attempt], config: TrainConfig
+) -> list[tuple[list[float], list[float]]]:
+    """What student and teacher think of each token that the student wrote.
+
+    Args:
+        student: a causal LM.
+        teacher: likewise; it reads the teacher's prompts.
+        attempts: those at one problem stand together.
+        config: for the loss's temperature, the backend, and the tokens of a pass.
+
+    Returns:
+        For each attempt the natural log-probabilities of its ids, 0 where the model did not write.
+    """
+    found: dict[int, tuple[list[float], list[float]]] = {}
+    for pack in _packs(attempts, config.max_pass_tokens):
+        trees = zip((student, teacher), _trees(pack), strict=True)
+        every = [_target_logprobs(model, tree, config) for model, tree in trees]
+        start = 0
+        for attempt in pack:
+            stop = start + attempt.completion.num_sampled
+            own = [_spread(values[start:stop], attempt.completion.wrote) for values in every]
+            found[id(attempt)], start = (own[0], own[1]), stop
+    return [found[id(attempt)] for attempt in attempts]
+
+
+def _target_logprobs(model: Any, tree: PrefixTree, config: TrainConfig) -> list[float]:
+    tree, head = tree.to(next(model.parameters()).device), lm_head(model)
+    scored = policy_head(
+        hidden_states(model, tree),
+        head.weight,
+        tree.target_ids,
+        bias=head.bias,
+        temperature=config.loss_temperature,
+        logit_softcap=head.logit_softcap,
+        workspace_mb=config.workspace_mb,
+        backend=config.backend,
+    )
+    values: list[float] = scored.logprobs.tolist()
+    return values
+
+
+def _spread(values: list[float], wrote: Sequence[bool]) -> list[float]:
+    """A value for each id that was written, 0 for the others."""
+    rest = iter(values)
+    return [next(rest) if written else 0.0 for written in wrote]

@@ -1,0 +1,107 @@
+"""A model's weights as its checkpoint would hold them, for engines that load checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdfast.errors import InputError
+
+_PEFT = "base_model.model."
+
+
+def checkpoint_weights(model: Any) -> dict[str, Tensor]:
+    """The weights under the names of a checkpoint, tied ones once, peft's adapters merged.
+
+    Args:
+        model: a causal LM of transformers, or peft's wrapper of one. It is left as it is.
+
+    Returns:
+        Tensors of any shape and dtype, detached, on the model's device. They are the model's own
+        where nothing had to be computed, so they change when it is trained on.
+
+    Raises:
+        InputError: an adapter can't be merged into the weights.
+    """
+    with torch.no_grad():
+        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        weights = _merged(model) if hasattr(model, "peft_config") else dict(model.state_dict())
+        _drop_tied(base, weights)
+        return {name: tensor.detach() for name, tensor in _as_saved(base, weights).items()}
+
+
+def save_weights(model: Any, folder: Path) -> None:
+    """The weights in `folder` as safetensors, which vLLM loads; nothing else of the model.
+
+    Args:
+        model: see `checkpoint_weights`.
+        folder: it exists.
+
+    Raises:
+        InputError: see `checkpoint_weights`.
+    """
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.contiguous() for name, tensor in checkpoint_weights(model).items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _drop_tied(base: Any, weights: dict[str, Tensor]) -> None:
+    """Remove the second names of tied weights, as save_pretrained does.
+
+    Raises:
+        InputError: the two have come apart (an adapter on one of them), so no checkpoint of this
+            model can hold them.
+    """
+    for name, source in base.all_tied_weights_keys.items():
+        if name not in weights or source not in weights:
+            continue
+        if weights.pop(name).data_ptr() != weights[source].data_ptr():
+            raise InputError(
+                f"update_weights: {name} and {source} are tied but no longer equal; put adapters "
+                "on neither, or set tie_word_embeddings to false"
+            )
+
+
+def _as_saved(base: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Under the names that save_pretrained writes: some models (experts) hold them otherwise."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    saved: dict[str, Tensor] = revert_weight_conversion(base, weights)
+    return saved
+
+
+def _merged(model: Any) -> dict[str, Tensor]:
+    """The base model's weights with the active adapters added, computed beside the model: merging
+    in place and back again would change the weights that are trained, by rounding, at each update.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        plain = name.removeprefix(_PEFT)
+        module_name, _, leaf = name.rpartition(".")
+        if ".lora_" in name:
+            continue
+        if "modules_to_save" in name or "original_module" in name or "lora_magnitude" in name:
+            raise InputError(
+                f"update_weights: {plain} is of a kind of adapter that is not merged here; give a "
+                "model of plain LoRA layers, or merge_and_unload() one first"
+            )
+        if module_name.endswith(".base_layer"):
+            layer = model.get_submodule(module_name.removesuffix(".base_layer"))
+            plain = plain.replace(".base_layer.", ".")
+            if leaf == "weight" and not layer.merged and not layer.disable_adapters:
+                tensor = tensor + _delta(layer, plain)  # noqa: PLW2901 (a new tensor, by intent)
+        weights[plain] = tensor.detach()
+    return weights
+
+
+def _delta(layer: Any, name: str) -> Tensor:
+    """What the active adapters add to a layer's weight."""
+    if not hasattr(layer, "get_delta_weight"):
+        raise InputError(
+            f"update_weights: the adapter of {name} ({type(layer).__name__}) can't be merged; use "
+            "LoRA, or merge_and_unload() the model first"
+        )
+    deltas = [layer.get_delta_weight(a) for a in layer.active_adapters if a in layer.lora_A]
+    return torch.stack(deltas).sum(0) if deltas else torch.zeros_like(layer.get_base_layer().weight)
