@@ -168,7 +168,7 @@ def test_the_summary_counts_what_the_model_wrote():
 
 def test_without_a_teacher_it_is_plain_and_says_how_to_get_one():
     said = text(record(ratios=None), DARK)
-    assert "`fdfast rollout ... --feedback` gets them" in said
+    assert "`fdfast rollout` without --no-feedback gets them" in said
     assert "log-ratio" not in said
     row = record(ratios=None)
     assert all(background(s.style) is None for line in lines(row, DARK) for s in line)
@@ -177,7 +177,7 @@ def test_without_a_teacher_it_is_plain_and_says_how_to_get_one():
 def test_a_record_is_shown_from_verdict_to_feedback():
     messages = [Message("error", n, 4, f"goal {n}\n⊢ a = a") for n in range(1, 6)]
     row = record(
-        verdict=Verdict("failed", tuple(messages), "1:4: goal 1", 0),
+        verdict=Verdict("failed", tuple(messages), "1:4: goal 1 ⊢ a = a", 0),
         end="length",
         feedback="Use rfl.",
         seed=7,
@@ -187,12 +187,17 @@ def test_a_record_is_shown_from_verdict_to_feedback():
     )
     said = text(row)
     order = ["add_zero  failed", "cut at the token limit", "6 tokens written", "org/model"]
-    order += ["step 12", "seed 7", "evaluation", "1:4 error goal 1\n    ⊢ a = a", "3:4 error"]
+    order += ["step 12", "seed 7", "evaluation", "1:4 error goal 1\n      ⊢ a = a", "3:4 error"]
     order += ["2 more messages", "theorem add_zero", "turn 1  6 tokens", "Use rfl."]
     places = [said.index(part) for part in order]
     assert places == sorted(places)
     assert "goal 4" not in said
     assert "5:4 error goal 5" in text(row, full=True)
+    assert said.count("goal 1") == 1, "the reason is that message"
+    warnings = [Message("warning", 0, 1, "unused\nhint"), Message("error", 1, 0, "wrong\nterm")]
+    said = text(record(verdict=Verdict("failed", tuple(warnings), "1:0: wrong term")))
+    assert "1:0 error wrong\n      term\n    0:1 warning unused ...\n" in said
+    assert "1:0: wrong" not in said
     rejected = record(verdict=Verdict("rejected", (), "`sorry` in the proof"))
     assert "`sorry` in the proof" in text(rejected)
     assert "proved at level 1" in text(record(verdict=Verdict("proved", level=1)))
@@ -337,6 +342,7 @@ def trajectories(tmp_path_factory):
     (folder / "torn.jsonl").write_bytes((folder / "r.jsonl").read_bytes()[:100])
     (folder / "wrong.jsonl").write_text('{"format": 1}\n')
     (folder / "old.jsonl").write_text('{"step": 1, "problem": "a"}\n')
+    (folder / "r.txt").touch()
     (folder / "folder").mkdir()
     return folder
 
@@ -379,7 +385,7 @@ def test_a_list_is_a_line_a_record(trajectories, capsys):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["none.jsonl"], "none.jsonl: cannot be read"),
+        (["none.jsonl"], "none.jsonl: no such file or folder"),
         (["r.txt"], "ends in .jsonl or .parquet"),
         (["folder"], "folder: is a folder without trajectories.jsonl and attempts.jsonl"),
         (["empty.jsonl"], "empty.jsonl: holds no trajectory"),

@@ -222,6 +222,8 @@ def _chosen(arguments: argparse.Namespace, notes: list[str]) -> Iterator[tuple[i
 
 
 def _file(path: Path) -> Path:
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
     if not path.is_dir():
         return path
     for name in _IN_FOLDER:

@@ -46,7 +46,7 @@ _ENDS = {
     "tool_limit": "ended: no tool calls were left",
 }
 _LEAN = re.compile(r"\s*(?:/--|import |open |theorem |lemma |example |def )")
-_NO_TEACHER = "no teacher log-probabilities: `fdfast rollout ... --feedback` gets them"
+_NO_TEACHER = "no teacher log-probabilities: `fdfast rollout` without --no-feedback gets them"
 
 
 @dataclass(frozen=True)
@@ -144,22 +144,30 @@ def _facts(record: Record) -> Text:
     origin += [f"seed {record.seed}"] + ["evaluation"] * record.evaluation
     lines = [Text(" \u00b7 ".join(words), "dim") for words in (facts, origin)]
     verdict = trajectory.verdict
-    # Of `failed` the reason is the first error with its place, which follows.
-    if verdict is not None and not any(m.text in verdict.reason for m in verdict.messages):
+    # Of `failed` the reason is an error with its place, in one line: it follows as a message.
+    if verdict is not None and not any(
+        " ".join(message.text.split())[:60] in verdict.reason for message in verdict.messages
+    ):
         lines.insert(0, Text(_one_line(verdict.reason), VERDICT_COLOURS[verdict.kind]))
     return Text("\n", overflow="fold").join(line for line in lines if line)
 
 
 def _messages(messages: Sequence[Message], options: ShowOptions) -> Iterator[RenderableType]:
-    """Lean's first three, all with `full`."""
+    """Lean's first three, errors before others and of others a line; all with `full`."""
     colours = {"error": "red", "warning": "yellow"}
-    shown = messages if options.full else messages[:3]
+    shown: Sequence[Message] = messages
+    if not options.full:
+        shown = sorted(messages, key=lambda message: message.severity != "error")[:3]
     for message in shown:
-        said = message.text if options.full else cut(message.text, lines=6)
+        said = message.text.strip("\n")
+        if not options.full and message.severity == "error":
+            said = cut(said, lines=6)
+        elif not options.full and "\n" in said:
+            said = f"{said.partition(chr(10))[0]} ..."
         text = Text(overflow="fold", tab_size=4)
         text.append(f"{message.line}:{message.column} ", "dim")
         text.append(harmless(message.severity), colours.get(message.severity, "blue"))
-        text.append(" ").append(harmless(said))
+        text.append(" ").append(harmless(said).replace("\n", "\n  "))
         yield Padding(text, (0, 0, 0, 4))
     if left := len(messages) - len(shown):
         note = f"... {left} more message{'s' if left > 1 else ''} (--full shows all)"
