@@ -1,6 +1,7 @@
 """Trajectories in files: what was written comes back, and a broken file is one clear line."""
 
 import dataclasses
+import itertools
 import json
 import math
 import random
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from typing import get_type_hints
 
 import pyarrow
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 
 from fdfast.data.problems import Problem
 from fdfast.errors import InputError, MachineError
+from fdfast.lean.tools import ToolResult
 from fdfast.lean.verdict import Message, Verdict
 from fdfast.rollout import HFEngine, SamplingOptions, ToolCall, Trajectory
 from fdfast.rollout.record_fields import FIELDS, MESSAGE, TOOL_CALL, VERDICT
@@ -32,6 +35,7 @@ from fdfast.rollout.records import (
     write_jsonl,
     write_parquet,
 )
+from tests.scripted import script
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
 MESSAGES = (Message("error", 1, 4, "unsolved goals\n⊢ a"), Message("warning", 0, 0, ""))
@@ -211,7 +215,8 @@ def changed(**changes):
         (changed(format=2), "is of format 2; this fdfast reads format 1"),
         ({"step": 1, "problem": "x"}, "has no 'format'"),
         (changed(colour="red"), "field 'colour' is not known in format 1; got 'red'"),
-        (changed(verdict={"kind": "proved"}), "field 'verdict.messages' must be there"),
+        (changed(**{"\x1b[2J": 1}), "field '\\x1b[2J' is not known in format 1; got 1"),
+        (changed(verdict={"kind": "proved"}), "field 'verdict.messages' is missing"),
         (changed(end="tired"), "field 'end' must be one of length, stop, tool_limit; got 'tired'"),
         (changed(ids=[0, 1, 2**31]), "field 'ids[2]' must be a token id"),
         (changed(ids=[0, 1]), "must have an element for each of the 2 ids; it has 3"),
@@ -379,10 +384,24 @@ def test_a_rollouts_record_reads_as_its_trajectory(tmp_path):
     for row in rows:
         assert row.prompt == "Why is the sky ∀?"
         assert row.text == tokenizer.decode(row.trajectory.ids)
-        special = set(tokenizer.all_special_ids)
-        pairs = zip(row.tokens, row.trajectory.ids, strict=True)
-        plain = "".join(token for token, i in pairs if i not in special)
-        assert plain == row.trajectory.text or "\ufffd" in row.text
+
+
+def test_the_answer_is_the_last_turns_tokens_without_special_ones(tmp_path, monkeypatch):
+    from fdfast.models import load_model
+
+    model, tokenizer = load_model(save_tiny_model(tmp_path / "tiny"))
+    engine = HFEngine(model, tokenizer)
+    turns = ['∀ 😀 <tool_call>{"name": "echo"}</tool_call>', "so: 😀 ⊢ é"]
+    script(monkeypatch, tokenizer, engine.end_ids[0], lambda _number: turns)
+    answers = SimpleNamespace(call=lambda *_: ToolResult("heard 😀", 0.0, ok=True))
+    options = SamplingOptions(max_completion_length=200)
+    [made] = engine.generate([[5, 6]], options, seed=0, tools=lambda _number: answers)
+    row = make_record(Problem("p", "?"), made, tokenizer)
+    marks = [*itertools.accumulate(not wrote for wrote in made.wrote)]
+    last = [token for token, mark in zip(row.tokens, marks, strict=True) if mark == marks[-1]]
+    assert "".join(last[1:]).removesuffix("<|im_end|>") == made.text == turns[1]
+    assert row.text.startswith(turns[0] + "<|im_end|>")
+    assert "heard 😀" in row.text
 
 
 def test_log_ratios_are_those_of_what_the_model_wrote():

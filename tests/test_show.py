@@ -390,7 +390,7 @@ def test_a_list_is_a_line_a_record(trajectories, capsys):
         (["folder"], "folder: is a folder without trajectories.jsonl and attempts.jsonl"),
         (["empty.jsonl"], "empty.jsonl: holds no trajectory"),
         (["torn.jsonl"], "holds no trajectory (torn.jsonl:1: the last line is torn, and left out)"),
-        (["wrong.jsonl"], "wrong.jsonl:1: field 'problem' must be there"),
+        (["wrong.jsonl"], "wrong.jsonl:1: field 'problem' is missing"),
         (["old.jsonl"], "old.jsonl:1: has no 'format'"),
         (["r.jsonl", "--index", "12"], "--index must be from 0 to 11; got 12"),
         (["r.jsonl", "--index", "-1"], "--index must be at least 0"),

@@ -137,7 +137,7 @@ def _console(colours: bool, width: int | None) -> "Console":
     """A console that writes no escape code unless colours are wanted: not for bold either."""
     from rich.console import Console
 
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that is not UTF-8 sees \\u22a2
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that is not UTF-8 sees \u22a2
         sys.stdout.reconfigure(errors="backslashreplace")
     if not colours:
         return Console(width=width, color_system=None, force_terminal=False, highlight=False)
@@ -206,7 +206,7 @@ def _chosen(arguments: argparse.Namespace, notes: list[str]) -> Iterator[tuple[i
         steps |= set() if record.step is None else {record.step}
         if arguments.index not in (None, index):
             continue
-        if arguments.problem and not fnmatch.fnmatchcase(record.problem, arguments.problem):
+        if arguments.problem and not _fits(record.problem, arguments.problem):
             continue
         if arguments.step not in (None, record.step):
             continue
@@ -219,6 +219,11 @@ def _chosen(arguments: argparse.Namespace, notes: list[str]) -> Iterator[tuple[i
     if not total:
         raise InputError(f"{path}: holds no trajectory{f' ({notes[0]})' if notes else ''}")
     raise InputError(f"{path}: {_what_there_is(arguments, total, list(names), steps)}")
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """A name may hold brackets, which a pattern takes otherwise."""
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
 def _file(path: Path) -> Path:

@@ -67,14 +67,14 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class FieldError(ValueError):
     """A value that is not what it must be: which one, the rule, and what it is."""
 
-    def __init__(self, rule: str, value: object) -> None:
+    def __init__(self, rule: str, *values: object) -> None:
         super().__init__(rule)
-        shown = repr(value)
         self.rule, self.where = rule, ""
-        self.shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+        shown = map(repr, values)
+        self.got = "".join(f"; got {s if len(s) <= 60 else f'{s[:57]}...'}" for s in shown)
 
     def __str__(self) -> str:
-        return f"field '{self.where}' {self.rule}; got {self.shown}"
+        return f"field '{self.where}' {self.rule}{self.got}"
 
     def within(self, outer: str) -> "FieldError":
         """The same, seen from the object or list around."""
@@ -132,13 +132,13 @@ def _checked_object(value: Any, spec: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FieldError("must be an object", value)
     if unknown := sorted(set(value) - set(spec), key=str):
-        raise FieldError(f"is not known in format {FORMAT}", value[unknown[0]]).within(
-            str(unknown[0])
-        )
+        rule = f"is not known in format {FORMAT}"
+        # As repr spells it: a key of a strange file may hold a terminal's escapes.
+        raise FieldError(rule, value[unknown[0]]).within(repr(unknown[0])[1:-1])
     found = {}
     for name, inner in spec.items():
         if name not in value:
-            raise FieldError("must be there", None).within(name)
+            raise FieldError("is missing").within(name)
         try:
             found[name] = checked(value[name], inner)
         except FieldError as wrong:

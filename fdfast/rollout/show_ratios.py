@@ -40,12 +40,12 @@ class Palette:
         if strength < _FAINT:
             return Style()
         faint, strong = self.likelier if ratio > 0 else self.less_likely
-        mixed = (round(a + (b - a) * strength) for a, b in zip(faint, strong, strict=True))
+        mixed = [round(a + (b - a) * strength) for a, b in zip(faint, strong, strict=True)]
         return Style(color=_rgb(self.text), bgcolor=_rgb(mixed))
 
 
-def _rgb(colour: Sequence[int] | object) -> str:
-    return "rgb({},{},{})".format(*colour)  # type: ignore[misc]
+def _rgb(colour: Sequence[int]) -> str:
+    return "rgb({},{},{})".format(*colour)
 
 
 DARK = Palette((240, 242, 244), ((24, 44, 32), (20, 132, 68)), ((54, 28, 30), (186, 40, 46)))
