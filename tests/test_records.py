@@ -1,9 +1,11 @@
 """Trajectories in files: what was written comes back, and a broken file is one clear line."""
 
 import dataclasses
+import io
 import itertools
 import json
 import math
+import os
 import random
 import signal
 import subprocess
@@ -17,6 +19,8 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from fdfast.data.problems import Problem
 from fdfast.errors import InputError, MachineError
@@ -306,6 +310,21 @@ def test_an_error_leaves_the_lines_and_no_parquet(tmp_path):
     assert not path.with_suffix(".parquet").exists()
 
 
+def test_a_signal_in_the_middle_of_a_write_waits_until_the_line_is_whole(tmp_path, monkeypatch):
+    class Slow(io.BytesIO):
+        def write(self, line):
+            super().write(line[:10])
+            os.kill(os.getpid(), signal.SIGINT)
+            return 10 + super().write(line[10:])
+
+    writer = RecordWriter(tmp_path / "r.jsonl")
+    writer.close()
+    monkeypatch.setattr(writer, "_file", Slow())
+    with pytest.raises(KeyboardInterrupt):
+        writer.write(record())
+    assert json.loads(writer._file.getvalue()) == to_dict(record())
+
+
 _ENDLESS = """
 import sys
 from pathlib import Path
@@ -362,13 +381,55 @@ def test_a_split_character_stands_at_its_last_token(text):
             assert "".join(pieces[: end + 1]) == known
 
 
+class Counting:
+    """A tokenizer that counts the ids it decodes."""
+
+    def __init__(self):
+        self.count = 0
+
+    def decode(self, ids, **options):
+        self.count += len(ids)
+        return TOKENIZER.decode(ids, **options)
+
+
 def test_bytes_that_are_no_text_take_linear_time_and_hurt_nothing_after():
     [byte] = TOKENIZER.convert_tokens_to_ids(["Ģ"])  # 0x80, which begins no character
     after = TOKENIZER("∀ x", add_special_tokens=False).input_ids
-    began = time.perf_counter()
-    pieces = token_pieces(TOKENIZER, [byte] * 4000 + after)
-    assert time.perf_counter() - began < 5
-    assert "".join(pieces) == "\ufffd" * 4000 + "∀ x"
+    tokenizer = Counting()
+    for count in (1, 15, 16, 17, 18, 19, 20, 4000):
+        pieces = token_pieces(tokenizer, [byte] * count + after)
+        assert "".join(pieces) == "\ufffd" * count + "∀ x"
+    assert tokenizer.count < 4200 * 40
+
+
+def llama_tokenizer():
+    """As sentencepiece has it: no space before the first word, bytes where there is no token."""
+    words = ["<unk>", "<0xE2>", "<0x88>", "<0x80>", "▁a", "▁b", "c", "▁"]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+
+
+LLAMA = llama_tokenizer()
+
+
+@given(st.lists(st.integers(0, 7), max_size=12))
+def test_pieces_of_a_tokenizer_that_drops_the_first_space(ids):
+    pieces, text = "".join(token_pieces(LLAMA, ids)), LLAMA.decode(ids)
+    # A run of bytes with one too many makes its decoder take back the characters before.
+    assert pieces == text or "\ufffd" in text
+
+
+def test_words_and_bytes_of_such_a_tokenizer_stand_at_their_tokens():
+    ids = [4, 5, 1, 2, 3, 5, 6]
+    assert token_pieces(LLAMA, ids) == ["a", " b", "", "", "∀", " b", "c"]
 
 
 def test_a_rollouts_record_reads_as_its_trajectory(tmp_path):

@@ -111,7 +111,8 @@ def make_record(
 
 
 def token_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text of each id; joined they are the text of all, as `decode` gives it.
+    """The text of each id; joined they are the text of all, as `decode` gives it (where there are
+    bytes that make no character, sentencepiece's byte tokens may leave another number of U+FFFD).
 
     A character that several ids write stands at the last of them; the others have less text, or
     none. Special tokens are text, too.
