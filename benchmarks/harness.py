@@ -17,7 +17,15 @@ from typing import Any
 
 import torch
 
-from benchmarks import prefix_cases, prefix_report, render, replio_cases, replio_report
+from benchmarks import (
+    prefix_cases,
+    prefix_report,
+    render,
+    replio_cases,
+    replio_report,
+    rollout_cases,
+    rollout_report,
+)
 from benchmarks.cases import DEVICES
 from benchmarks.data import make_inputs
 from benchmarks.shapes import SMOLLM2_135M
@@ -181,6 +189,16 @@ SUITES = {
         targets=prefix_cases.TARGETS,
         headings=prefix_report.COLUMNS,
         results_path=prefix_report.results_path,
+    ),
+    "rollout": Suite(
+        file="benchmarks/bench_rollout.py",
+        devices=("cpu",),
+        check_machine=lambda device: None,
+        tests={},
+        summarize=rollout_report.summarize,
+        targets=rollout_cases.TARGETS,
+        headings=rollout_report.COLUMNS,
+        results_path=rollout_report.results_path,
     ),
     "replio": Suite(
         file="benchmarks/bench_replio.py",

@@ -38,6 +38,14 @@ SHOWN_OF_REPLIO = {
     "p99_us": "p99 us",
     "grown_mib": "MiB grown",
 }
+SHOWN_OF_ROLLOUTS = {
+    "turns": "turns",
+    "tokens_per_s": "tokens/s",
+    "verdicts_per_s": "verdicts/s",
+    "wall_s": "wall s",
+    "cpu_s": "CPU s",
+    "idle_share": "share of waiting for tools",
+}
 SHOWN_OF_PREFIXES = {
     "wall_s": "wall s",
     "cpu_s": "CPU s",
@@ -160,6 +168,8 @@ def bench(rows: list[dict[str, str]]) -> str:
         return prefixes(rows)
     computed = "data" in first  # else commands are answered
     shown = SHOWN if computed else SHOWN_OF_REPLIO
+    if "tokens_per_s" in first:
+        shown = SHOWN_OF_ROLLOUTS
     parts = []
     untimed = [r for r in rows if computed and not r["wall_s"] and r["note"][:6] != "cannot"]
     for case in dict.fromkeys(row["case"] for row in rows if row not in untimed):

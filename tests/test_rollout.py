@@ -13,6 +13,7 @@ from fdfast.models import load_model
 from fdfast.rollout import HFEngine, SamplingOptions
 from fdfast.rollout.hf import _Batch
 from fdfast.rollout.sampling import sample
+from fdfast.rollout.tool_turns import Call
 from tests.scripted import script
 from tests.tiny import save_tiny_model
 
@@ -220,6 +221,22 @@ def test_the_others_go_on_while_one_waits_for_its_tool(engine, scripted):
     assert [t.end for t in seen] == ["stop"] * 8
     assert seen[0].waited_s > 0
     assert engine_turns[-1] == 0
+
+
+def test_a_turn_of_one_token_may_call_a_tool(engine, scripted, monkeypatch):
+    """It ends in the pass that reads the prompt."""
+    scripted(lambda number: ["", "", "end"])
+    monkeypatch.setattr(
+        "fdfast.rollout.tool_turns.ToolTurns.read_calls",
+        lambda self, text, *others: [Call("echo", "{}")] if not text else [],
+    )
+    options = SamplingOptions(max_completion_length=99)
+    for seed, asked in enumerate((prompts(engine), prompts(engine)[:1] * 4)):
+        seen = engine.generate(asked, options, seed=seed, tools=lambda _number: Echo())
+        assert [len(t.tool_calls) for t in seen] == [2] * 4
+        for prompt, trajectory in zip(asked, seen, strict=True):
+            right = logprobs_of_the_whole(engine, prompt, trajectory)
+            torch.testing.assert_close(torch.tensor(trajectory.logprobs), right, rtol=0, atol=1e-4)
 
 
 def test_limits_of_tools(engine, scripted):

@@ -12,9 +12,12 @@ class Engine(Protocol):
 
     Attributes:
         tokenizer: of the model.
+        idle_s: seconds of the latest `generate` in which nothing was sampled, since all
+            trajectories waited for tools.
     """
 
     tokenizer: Any
+    idle_s: float
 
     def generate(
         self,

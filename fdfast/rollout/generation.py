@@ -8,15 +8,14 @@ from fdfast.data.problems import Problem
 from fdfast.lean import LeanPool
 from fdfast.rollout.engine import Engine
 from fdfast.rollout.judge import Judge
-from fdfast.rollout.toolboxes import Toolboxes
-from fdfast.rollout.trajectory import SamplingOptions, Trajectory
+from fdfast.rollout.trajectory import SamplingOptions, ToolSource, Trajectory
 
 
 def generate(
     problems: Sequence[Problem],
     policy: Engine,
     sampling: SamplingOptions,
-    tools: Toolboxes | None = None,
+    tools: ToolSource | None = None,
     *,
     prompt: Callable[[Problem], list[int]],
     lean: LeanPool | None = None,

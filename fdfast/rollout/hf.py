@@ -58,6 +58,7 @@ class HFEngine:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.continuous, self.max_tool_threads = continuous, max_tool_threads
         self.end_ids = end_ids(model, tokenizer)
+        self.idle_s = 0.0
 
     @torch.no_grad()
     def generate(
@@ -87,7 +88,9 @@ class HFEngine:
                 on_end=on_end,
                 max_tool_threads=self.max_tool_threads,
             ) as turns:
-                return _Batch(self, turns, seed).run(prompts)
+                seen = _Batch(self, turns, seed).run(prompts)
+                self.idle_s = turns.idle_s
+                return seen
         finally:
             self.model.train(was_training)
 
@@ -171,7 +174,9 @@ class _Batch:
 
     def _admit(self, rows: list[_Row]) -> None:
         """Compute what the cache does not hold of new rows, and let them join."""
-        if new := [row for row in rows if not row.cache.num_rows]:
+        new = [row for row in rows if not row.cache.num_rows]
+        back = [row for row in rows if row.cache.num_rows]
+        if new:
             different = {tuple(row.pending): None for row in new}  # a dict keeps their order
             places = {pending: place for place, pending in enumerate(different)}
             logits, cache = self._prefill([*different])
@@ -179,13 +184,11 @@ class _Batch:
             if len(different) < len(new):
                 logits, cache = logits[every], cache.take(every)
             self._advance(new, cache, logits)
-        for row in rows:
-            if row.cache.num_rows:
-                ids_1L = self._tensor([row.pending])
-                mask_1L = torch.ones_like(ids_1L)
-                logits, cache = forward(self.engine.model, row.cache, ids_1L, mask_1L)
-                row.cache = KVCache()
-                self._advance([row], cache, logits)
+        for row in back:
+            ids_1L = self._tensor([row.pending])
+            logits, cache = forward(self.engine.model, row.cache, ids_1L, torch.ones_like(ids_1L))
+            row.cache = KVCache()
+            self._advance([row], cache, logits)
 
     def _prefill(self, pendings: list[tuple[int, ...]]) -> tuple[Tensor, KVCache]:
         """Prompts after what they share, padded on the left."""

@@ -9,8 +9,7 @@ from typing import Self
 from fdfast.data.problems import Problem, fenced, proof_text
 from fdfast.lean import LeanPool, Verdict
 from fdfast.lean.submission import Submission, read_submission
-from fdfast.rollout.toolboxes import Toolboxes
-from fdfast.rollout.trajectory import Trajectory
+from fdfast.rollout.trajectory import ToolSource, Trajectory
 
 
 def submissions(problem: Problem, answer: str, files: Mapping[str, str]) -> list[Submission]:
@@ -48,7 +47,7 @@ class Judge:
     """
 
     def __init__(
-        self, lean: LeanPool | None, problems: Sequence[Problem], toolboxes: Toolboxes | None
+        self, lean: LeanPool | None, problems: Sequence[Problem], toolboxes: ToolSource | None
     ) -> None:
         self.lean, self.problems, self.toolboxes = lean, problems, toolboxes
         # The pool decides how many are checked at once.

@@ -1,5 +1,6 @@
 """What a rollout engine is asked and what it answers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -43,6 +44,18 @@ class Tools(Protocol):
 
     def call(self, name: str, arguments: str) -> ToolResult:
         """Carry out a call as the model wrote it, from any thread."""
+        ...
+
+
+class ToolSource(Protocol):
+    """Makes the tools of a batch: `Toolboxes`, or the like."""
+
+    def __call__(self, number: int) -> Tools:
+        """Those of attempt number n."""
+        ...
+
+    def files(self, number: int) -> Mapping[str, str]:
+        """The Lean files that it has written, path -> text: what it submits as proofs."""
         ...
 
 

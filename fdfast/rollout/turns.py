@@ -68,6 +68,9 @@ class Draft:
 class Turns:
     """Ends turns: tools are called in threads of their own meanwhile. A context manager.
 
+    Attributes:
+        idle_s: seconds in which nothing was sampled, since all waited for tools.
+
     Args:
         tokenizer: of the model.
         end_ids: tokens that end a turn.
@@ -96,6 +99,7 @@ class Turns:
         self.threads = ThreadPoolExecutor(max_tool_threads, thread_name_prefix="tool")
         self.waiting: dict[Future[list[ToolCall]], tuple[Draft, float]] = {}
         self.done: dict[int, Trajectory] = {}
+        self.idle_s = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -153,7 +157,9 @@ class Turns:
             MachineError: a tool met a fault of the machine.
         """
         if wait_for != "nobody":
+            begun = time.monotonic()
             wait(self.waiting, return_when=FIRST_COMPLETED if wait_for == "one" else ALL_COMPLETED)
+            self.idle_s += time.monotonic() - begun
         drafts = []
         for future in [future for future in self.waiting if future.done()]:
             draft, since = self.waiting.pop(future)

@@ -112,6 +112,7 @@ class VLLMEngine:
         self.max_model_len: int = self.llm.llm_engine.model_config.max_model_len
         self.logprobs_mode, self.max_num_seqs = logprobs_mode, max_num_seqs
         self.max_tool_threads, self.weights_dir = max_tool_threads, weights_dir
+        self.idle_s = 0.0
         # Where the worker is in this process, it can be handed the tensors themselves.
         self._worker_is_here = arguments["distributed_executor_backend"] == "uni"
         self._asleep = False
@@ -150,7 +151,7 @@ class VLLMEngine:
             ) as turns,
             contextlib.closing(_Steps(self.llm.llm_engine)) as sampler,
         ):
-            return run_turns(
+            seen = run_turns(
                 turns,
                 prompts,
                 sampler,
@@ -158,6 +159,8 @@ class VLLMEngine:
                 max_running=self.max_num_seqs,
                 max_model_len=self.max_model_len,
             )
+            self.idle_s = turns.idle_s
+            return seen
 
     def update_weights(self, model: Any) -> None:
         """Sample from these weights from now on; what the prefix cache holds is forgotten.

@@ -112,6 +112,7 @@ class VLLMServerEngine:
             may_sleep,
         )
         self.tokenizer, self.max_tool_threads = tokenizer, max_tool_threads
+        self.idle_s = 0.0
         self.end_ids = sorted({tokenizer.eos_token_id} - {None} if end_ids is None else end_ids)
         self.weights: Weights | None = None
         self._weights_dir, self._sleep, self._uniform = weights_dir, sleep, uniform
@@ -153,7 +154,7 @@ class VLLMServerEngine:
                 ) as turns,
                 contextlib.closing(_Requests(loop, client)) as sampler,
             ):
-                return run_turns(
+                seen = run_turns(
                     turns,
                     prompts,
                     sampler,
@@ -161,6 +162,8 @@ class VLLMServerEngine:
                     max_running=self.settings.max_concurrency,
                     max_model_len=client.max_model_len,
                 )
+                self.idle_s = turns.idle_s
+                return seen
 
     def update_weights(self, model: Any) -> None:
         """Sample from these weights from now on; what the prefix cache holds is forgotten.

@@ -82,6 +82,7 @@ class Rollouts:
                 seed=seed,
                 timed=clock,
             )
+        self.engine.sleep()
         with clock("feedback"):
             return self._with_feedback(every, trajectories, step=weights.step + 1)
 
