@@ -59,7 +59,7 @@ def collect(
         MachineError: the machine lacks something: Lean, disk, a package.
     """
     lines, table = folder / "trajectories.jsonl", folder / "trajectories.parquet"
-    if lines.exists():
+    if lines.exists() and lines.stat().st_size:
         raise InputError(f"{lines}: holds attempts already; name another --output, or remove it")
     if feedback:
         check_key(config)
@@ -77,13 +77,15 @@ def collect(
         engine = stack.enter_context(closing(make_engine(config, model, tokenizer)))
         # The engine has these weights; a server has its own.
         rollouts = Rollouts(config, engine, lean, prompts, provider, synced_step=0)
-        stack.callback(_say_where, screen, lines)
+        stack.callback(_say_where, screen, folder)
         writer = stack.enter_context(RecordWriter(lines, parquet=table))
         _collect(rollouts, Student(model), problems, tokenizer, writer, screen)
 
 
-def _say_where(screen: Screen, lines: Path) -> None:
-    screen.say(f"attempts are in {lines.parent}; to read them: fdfast show {lines}")
+def _say_where(screen: Screen, folder: Path) -> None:
+    """Whatever ended it: what was written stays."""
+    if (folder / "trajectories.jsonl").stat().st_size:
+        screen.say(f"attempts are in {folder}; to read them: fdfast show {folder}")
 
 
 def _collect(

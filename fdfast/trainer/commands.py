@@ -31,7 +31,7 @@ and SIGTERM leave a checkpoint, from which --resume goes on.""".format(
 _ROLLOUT = """Let a model attempt problems, as the trainer does, and keep the attempts: what it
 wrote, its tool calls with their answers, Lean's verdict, the feedback, and for each token how
 likely student and teacher find it. They go to OUTPUT/trajectories.jsonl as they come and at the
-end to OUTPUT/trajectories.parquet; `fdfast show` prints them.
+end to OUTPUT/trajectories.parquet; `fdfast show OUTPUT` prints them.
 
 {settings}""".format(
     settings=_SETTINGS.format(
