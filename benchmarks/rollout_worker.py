@@ -161,7 +161,8 @@ class _Checks:
 @contextlib.contextmanager
 def _tools(case: Case, lean: Any) -> Any:
     """A tool for each attempt, and every turn a call of it: the model knows no tools."""
-    from fdfast.rollout.tool_turns import Call, ToolTurns
+    from fdfast.rollout.tool_calls import Call
+    from fdfast.rollout.tool_turns import ToolTurns
 
     if not case.slow_tool_s:
         yield None

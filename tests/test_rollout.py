@@ -13,7 +13,7 @@ from fdfast.models import load_model
 from fdfast.rollout import HFEngine, SamplingOptions
 from fdfast.rollout.hf import _Batch
 from fdfast.rollout.sampling import sample
-from fdfast.rollout.tool_turns import Call
+from fdfast.rollout.tool_calls import Call
 from tests.scripted import script
 from tests.tiny import save_tiny_model
 

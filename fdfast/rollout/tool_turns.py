@@ -4,70 +4,77 @@ The answers' ids are what the chat template puts after the assistant's text; wha
 never rendered again.
 """
 
-import json
+import itertools
 import re
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from fdfast.errors import InputError
+from fdfast.rollout.tool_calls import FORMS, Call, CallForm, Schemas, find_form, read_calls
 from fdfast.rollout.trajectory import ToolCall
 
-_CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
-# A text that no template changes, to find where the assistant's own ends.
+# Texts that no template changes, to find where an assistant's own begins and ends, and an output.
 _MARK = "fdfast assistant turn"
+_QUESTION = "fdfast question"
 _OUTPUT = "fdfast tool output"
-
-
-class Call(NamedTuple):
-    """A call as the model wrote it; `fault` says why it is none."""
-
-    name: str
-    arguments: str
-    fault: str = ""
-
-
-def read_calls(text: str) -> list[Call]:
-    """The calls of a turn, in the form of Qwen's and Hermes' templates: JSON objects of `name` and
-    `arguments` between <tool_call> marks.
-    """
-    calls = []
-    for found in _CALL.finditer(text):
-        try:
-            record = json.loads(found[1])
-        except (ValueError, RecursionError) as error:
-            calls.append(Call("", found[1], f"the call is not JSON ({error})"))
-            continue
-        name = record.get("name") if isinstance(record, dict) else None
-        arguments = record.get("arguments", {}) if isinstance(record, dict) else None
-        if not isinstance(name, str) or not isinstance(arguments, dict | str):
-            calls.append(Call("", found[1], 'a call is {"name": ..., "arguments": {...}}'))
-            continue
-        written = arguments if isinstance(arguments, str) else json.dumps(arguments)
-        calls.append(Call(name, written))
-    return calls
+_PROBE = Call("fdfast_probe", '{"x": "fdfast value"}')
+_PROBE_SCHEMA = {
+    "type": "function",
+    "function": {
+        "name": _PROBE.name,
+        "description": "A probe.",
+        "parameters": {
+            "type": "object",
+            "properties": {"x": {"type": "string", "description": "A text."}},
+            "required": ["x"],
+        },
+    },
+}
+_TORN = "\ufffd"
+_THINK, _END_THINK = "<think>", "</think>"
 
 
 class ToolTurns:
-    """Writes tools' answers for one tokenizer.
+    """Reads calls and writes tools' answers for one tokenizer.
+
+    What a tool says is text: where it holds the text of an added token, such as <|im_end|> or
+    </tool_response>, this is encoded in pieces that are none, so no output can end its own message
+    or begin another's. All else is encoded as the tokenizer encodes the template's whole text.
 
     Args:
-        tokenizer: its chat template must know the role `tool`.
+        tokenizer: its chat template must know the role `tool`. Where it writes calls, they must
+            have one of the forms in `FORMS`; where it has none, they are read as Hermes'.
+        end_ids: tokens that end a turn.
 
     Raises:
-        InputError: the template does not write a tool's answer.
+        InputError: the template does not write a tool's answer, or calls in no known form.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, end_ids: Sequence[int]) -> None:
         self.tokenizer = tokenizer
-        one = self._after_assistant([_OUTPUT])
-        if _OUTPUT not in one:
-            raise InputError(
-                "the tokenizer's chat template does not write messages of the role 'tool'; take a "
-                "model whose template has tools"
-            )
+        added = tokenizer.added_tokens_decoder
+        # Runs of blanks, added by some tokenizers to save tokens, are no marks.
+        marks = [t.content for t in added.values() if len(t.content) > 1 and t.content.strip()]
+        # A look-ahead, so that those that overlap are found, too.
+        longest_first = "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True))
+        self._marks = re.compile(f"(?=({longest_first}))" if marks else r"(?!)")
+        # After the last of these stands only what the template opens the model's turn with.
+        self._headers = {
+            id for id, t in added.items() if t.special and t.content not in (_THINK, _END_THINK)
+        }
+        self._ends = sorted({added[id].content for id in end_ids if id in added})
+        self.form = self._form()
+        self._around(1)
 
-    def read_calls(self, text: str) -> list[Call]:
-        """The calls of a turn, in the template's form."""
-        return read_calls(text)
+    def read_calls(self, text: str, schemas: Schemas, before: Sequence[int]) -> list[Call]:
+        """The calls of a turn.
+
+        Args:
+            text: with the special tokens, without the end token.
+            schemas: of the tools.
+            before: ids of what the turn follows.
+        """
+        return read_calls(text, self.form, schemas, thinking=self._opens_thinking(before))
 
     def ids(self, calls: list[ToolCall], *, ended: bool, max_tokens: int) -> list[int]:
         """The answers to a turn's calls and the beginning of the next turn.
@@ -78,32 +85,108 @@ class ToolTurns:
             max_tokens: of all outputs together.
         """
         shown = [self._cut(call.output, max_tokens // len(calls)) for call in calls]
-        text = self._after_assistant(shown)
-        end = self.tokenizer.eos_token
-        if ended and end and text.startswith(end):
-            text = text[len(end) :]
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
-        return ids
+        around = self._around(len(shown))
+        if ended:
+            end = next((end for end in self._ends if around[0].startswith(end)), "")
+            around[0] = around[0].removeprefix(end)
+        parts = [around[0]]
+        for output, following in zip(shown, around[1:], strict=True):
+            parts += [self._rendered(output), following]
+        return self._encode(parts)
+
+    def _opens_thinking(self, before: Sequence[int]) -> bool:
+        opening: list[int] = []
+        for id in reversed(before):
+            if id in self._headers:
+                break
+            opening.append(id)
+        text: str = self.tokenizer.decode(opening[::-1])
+        return text.rfind(_THINK) > text.rfind(_END_THINK)
+
+    def _form(self) -> CallForm:
+        """The form in which the template writes a call."""
+        call = {"name": _PROBE.name, "arguments": {"x": "fdfast value"}}
+        calls = [{"type": "function", "id": "fdfast001", "function": call}]
+        called = self._render([{"content": "", "tool_calls": calls}], tools=[_PROBE_SCHEMA])
+        if _PROBE.name not in called:
+            return FORMS["hermes"]
+        header, _, end = self._render([{"content": _MARK}]).rpartition(_MARK)
+        written = called.rpartition(_QUESTION)[2].removeprefix(header.rpartition(_QUESTION)[2])
+        return find_form(written.removesuffix(end), _PROBE, [_PROBE_SCHEMA])
+
+    def _around(self, count: int) -> list[str]:
+        """What the template writes after an assistant's text: before, between and after outputs."""
+        outputs = [f"{_OUTPUT} {number}" for number in range(count)]
+        after, around = self._after_assistant(outputs), []
+        for output in outputs:
+            before, found, after = after.partition(output)
+            if not found:
+                raise InputError(
+                    "the tokenizer's chat template does not write messages of the role 'tool'; "
+                    "take a model whose template has tools"
+                )
+            around.append(before)
+        return [*around, after]
+
+    def _rendered(self, output: str) -> str:
+        """An output as the template writes it: trimmed, say, or quoted as JSON."""
+        before, after = self._around(1)
+        text = self._after_assistant([output])
+        if not text.startswith(before) or not text.endswith(after):
+            raise InputError(
+                "the tokenizer's chat template writes other text around a tool's answer that "
+                f"begins with {output[:40]!r}; take a model whose template does not"
+            )
+        return text[len(before) : len(text) - len(after)]
 
     def _after_assistant(self, outputs: list[str]) -> str:
-        messages = [
-            {"role": "user", "content": "x"},
-            {"role": "assistant", "content": _MARK},
-            *({"role": "tool", "content": output} for output in outputs),
-        ]
-        text: str = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-        _, mark, after = text.rpartition(_MARK)
+        tools = [{"role": "tool", "content": output} for output in outputs]
+        _, mark, after = self._render([{"content": _MARK}, *tools], opened=True).partition(_MARK)
         if not mark:
             raise InputError("the tokenizer's chat template changes what an assistant says")
         return after
 
+    def _render(
+        self, said: list[dict[str, Any]], *, tools: Schemas | None = None, opened: bool = False
+    ) -> str:
+        """A conversation of a question and what follows, by the assistant if it names no role."""
+        from jinja2 import TemplateError
+
+        messages = [{"role": "user", "content": _QUESTION}]
+        messages += [{"role": "assistant"} | message for message in said]
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=opened
+            )
+        except (TemplateError, TypeError) as error:  # TypeError: it adds what is no text
+            raise InputError(
+                f"the tokenizer's chat template does not take tool calls and answers ({error}); "
+                "take a model whose template has tools"
+            ) from error
+        return text
+
+    def _encode(self, parts: Sequence[str]) -> list[int]:
+        """Ids of the template's text and tools' outputs, in turn; the first is the template's."""
+        text = "".join(parts)
+        bounds = [0, *itertools.accumulate(map(len, parts))]
+        outputs = list(zip(bounds[1::2], bounds[2::2], strict=False))
+        cuts = [0]
+        for found in self._marks.finditer(text):
+            start, end = found.span(1)
+            # Cut after its first character, each mark that an output has a part in is none.
+            if any(start < stop and begin < end for begin, stop in outputs):
+                cuts.append(start + 1)
+        pieces = [text[a:b] for a, b in itertools.pairwise([*cuts, len(text)])]
+        encoded = self.tokenizer(pieces, add_special_tokens=False).input_ids
+        return list(itertools.chain.from_iterable(encoded))
+
     def _cut(self, output: str, limit: int) -> str:
         """The two ends of an output that is too long, which say the most, with a note."""
-        ids = self.tokenizer(output, add_special_tokens=False).input_ids
+        ids = self._encode(["", output, ""])
         if len(ids) <= limit:
             return output
         head, tail = ids[: limit // 2], ids[len(ids) - limit // 2 :]
         note = f"[... {len(ids) - 2 * (limit // 2)} tokens are left out ...]"
-        return f"{self.tokenizer.decode(head)}\n{note}\n{self.tokenizer.decode(tail)}"
+        # A cut within a character leaves U+FFFD where it was.
+        begin, end = self.tokenizer.decode(head), self.tokenizer.decode(tail)
+        return f"{begin.rstrip(_TORN)}\n{note}\n{end.lstrip(_TORN)}"

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from fdfast.rollout.tool_turns import Call, ToolTurns
+from fdfast.rollout.tool_calls import Call
+from fdfast.rollout.tool_turns import ToolTurns
 from fdfast.rollout.trajectory import End, SamplingOptions, ToolCall, Tools, Trajectory
 
 MakeTools = Callable[[int], Tools]
@@ -95,7 +96,7 @@ class Turns:
     ) -> None:
         self.tokenizer, self.end_ids, self.options = tokenizer, frozenset(end_ids), options
         self.make_tools, self.on_end = make_tools, on_end
-        self.tool_turns = None if make_tools is None else ToolTurns(tokenizer)
+        self.tool_turns = None if make_tools is None else ToolTurns(tokenizer, end_ids)
         self.threads = ThreadPoolExecutor(max_tool_threads, thread_name_prefix="tool")
         self.waiting: dict[Future[list[ToolCall]], tuple[Draft, float]] = {}
         self.done: dict[int, Trajectory] = {}
@@ -133,7 +134,12 @@ class Turns:
         calls: list[Call] = []
         if self.tool_turns is not None and stopped:
             # With the special tokens, which may be the marks of a call.
-            calls = self.tool_turns.read_calls(self._text(draft, skip_special_tokens=False))
+            assert draft.tools is not None
+            calls = self.tool_turns.read_calls(
+                self._text(draft, skip_special_tokens=False),
+                draft.tools.schemas,
+                draft.told_ids or draft.prompt_ids,
+            )
         if calls and not full and draft.rounds < self.options.max_tool_calling_iterations:
             draft.rounds += 1
             future = self.threads.submit(_carry_out, draft, calls)

@@ -43,8 +43,8 @@ class Scorer:
         num_tokens = sum(a.completion.num_sampled for a in attempts)
         totals: dict[str, float] = {}
         device = next(self.model.parameters()).device
-        for pack in _packs(attempts, self.config.max_pass_tokens):
-            student, teacher = (tree.to(device) for tree in _trees(pack))
+        for pack in packs(attempts, self.config.max_pass_tokens):
+            student, teacher = (tree.to(device) for tree in trees(pack))
             part = _Part(self, student, self._evidence(teacher), num_tokens, totals)
             if backward and student.num_tokens > self.config.max_pass_tokens:
                 budget = self.config.max_pass_tokens
@@ -106,8 +106,8 @@ class _Part:
         return loss
 
 
-def _trees(attempts: Sequence[Attempt]) -> tuple[PrefixTree, PrefixTree]:
-    """The student's and the teacher's."""
+def trees(attempts: Sequence[Attempt]) -> tuple[PrefixTree, PrefixTree]:
+    """The student's and the teacher's, of the same attempts in the same order."""
     completions = [a.completion.ids for a in attempts]
     wrote = [a.completion.wrote for a in attempts]
     return (
@@ -116,13 +116,13 @@ def _trees(attempts: Sequence[Attempt]) -> tuple[PrefixTree, PrefixTree]:
     )
 
 
-def _packs(attempts: Sequence[Attempt], max_tokens: int) -> list[list[Attempt]]:
+def packs(attempts: Sequence[Attempt], max_tokens: int) -> list[list[Attempt]]:
     """The attempts of each pass; those at one problem stay together."""
     groups: dict[str, list[Attempt]] = {}
     for attempt in attempts:
         groups.setdefault(attempt.problem.name, []).append(attempt)
     members = list(groups.values())
-    sizes = [max(tree.num_tokens for tree in _trees(group)) for group in members]
+    sizes = [max(tree.num_tokens for tree in trees(group)) for group in members]
     return [[a for group in pack for a in members[group]] for pack in fill_packs(sizes, max_tokens)]
 
 
@@ -142,9 +142,9 @@ def token_logprobs(
         For each attempt the natural log-probabilities of its ids, 0 where the model did not write.
     """
     found: dict[int, tuple[list[float], list[float]]] = {}
-    for pack in _packs(attempts, config.max_pass_tokens):
-        trees = zip((student, teacher), _trees(pack), strict=True)
-        every = [_target_logprobs(model, tree, config) for model, tree in trees]
+    for pack in packs(attempts, config.max_pass_tokens):
+        pairs = zip((student, teacher), trees(pack), strict=True)
+        every = [_target_logprobs(model, tree, config) for model, tree in pairs]
         start = 0
         for attempt in pack:
             stop = start + attempt.completion.num_sampled
