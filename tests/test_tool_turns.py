@@ -1,13 +1,17 @@
 """Tools' answers are what real chat templates write, and no answer can forge a token of theirs."""
 
+from typing import ClassVar
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fdfast.errors import InputError
+from fdfast.lean.tools import ToolResult
 from fdfast.rollout.tool_calls import FORMS
 from fdfast.rollout.tool_turns import ToolTurns
-from fdfast.rollout.trajectory import ToolCall
+from fdfast.rollout.trajectory import SamplingOptions, ToolCall
+from fdfast.rollout.turns import Turns
 from tests.templates import CALLS, KINDS, end_ids_of, template, tokenizer_of
 from tests.tiny import tiny_tokenizer
 
@@ -137,6 +141,31 @@ def test_a_turn_begins_in_thinking_where_the_prompt_opened_it():
         calls = turns.read_calls(quoted, [], opening)
         assert len(calls) == (0 if thinks else 1)
         assert len(turns.read_calls(f"so\n</think>\n{quoted}", [], opening)) == 1
+
+
+def test_whether_a_later_turn_begins_in_thinking_is_told_by_what_opened_it():
+    """A prompt without thinking, and a template that opens it after tools have answered."""
+
+    class Tools:
+        schemas: ClassVar[list] = []
+
+        def call(self, name, arguments):
+            return ToolResult("a", 0.0, ok=True)
+
+    tokenizer, ends = tokenizer_of("qwen3_5"), end_ids_of("qwen3_5")
+    prompt, turn = (
+        tokenizer(text).input_ids
+        for text in ("<|im_start|>assistant\n<think>\n\n</think>\n\n", CALLS["qwen3_5"] % "x")
+    )
+    options = SamplingOptions(max_completion_length=1000)
+    with Turns(tokenizer, ends, options, make_tools=lambda _number: Tools()) as turns:
+        draft = turns.begin(0, prompt)
+        for is_call in (True, False):
+            draft.add_sampled([*turn, ends[0]], [0.0] * (len(turn) + 1))
+            assert turns.end_turn(draft, stopped=False) == is_call
+            turns.returned("all")
+        [trajectory] = turns.trajectories()
+    assert len(trajectory.tool_calls) == 1
 
 
 @each_kind
