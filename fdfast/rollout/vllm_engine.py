@@ -24,6 +24,7 @@ from fdfast.rollout.hf import end_ids_of
 from fdfast.rollout.trajectory import SamplingOptions, Trajectory
 from fdfast.rollout.turns import Draft, MakeTools, OnEnd, Turns
 from fdfast.rollout.vllm_turns import Sampled, check_logprobs_mode, check_prompts, run_turns
+from fdfast.rollout.vllm_worker import EXTENSION
 from fdfast.rollout.weights import checkpoint_weights, save_weights
 
 # What must be equal for one model's weights to fit another.
@@ -103,6 +104,7 @@ class VLLMEngine:
             "logprobs_mode": logprobs_mode,
             "max_num_seqs": max_num_seqs,
             "seed": seed,
+            "worker_extension_cls": EXTENSION,
             "enable_prefix_caching": True,
             "generation_config": "vllm",  # nothing of the model's own changes the sampling
             "use_tqdm_on_load": False,
@@ -178,15 +180,14 @@ class VLLMEngine:
                 )
         self._wake()
         if self._worker_is_here:
-            weights = checkpoint_weights(model)
-            self._reload(lambda worker: worker.model_runner.reload_weights(iter(weights.items())))
+            self._load("fdfast_load_tensors", checkpoint_weights(model))
         else:
             with tempfile.TemporaryDirectory(dir=self.weights_dir, prefix="fdfast-") as folder:
                 save_weights(model, Path(folder))
-                self._reload("reload_weights", weights_path=folder)
+                self._load("fdfast_load_folder", folder)
 
-    def _reload(self, method: Any, **arguments: Any) -> None:
-        self.llm.collective_rpc(method, kwargs=arguments)
+    def _load(self, method: str, weights: Any) -> None:
+        self.llm.collective_rpc(method, args=(weights,))
         if not self.llm.reset_prefix_cache():
             raise MachineError(
                 "update_weights: vLLM could not forget its prefix cache, which was made with the "
