@@ -16,7 +16,9 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-CODE = re.compile(r"\.(py|pyi|cpp|hpp|lean|jsonl)$|^Makefile$|^pyproject.toml$|^constraints(-vllm)?.txt$")
+CODE = re.compile(
+    r"\.(py|pyi|cpp|hpp|lean|jsonl)$|^Makefile$|^pyproject.toml$|^constraints(-vllm)?.txt$"
+)
 # Files that can't say what they are.
 SAID = {
     "Makefile": "demo, test, test-slow, test-vllm, lint, bench, gpu: each makes .venv itself",

@@ -5,6 +5,7 @@ import asyncio
 import os
 import sys
 import threading
+import time
 from typing import ClassVar
 
 import pytest
@@ -379,6 +380,39 @@ def test_the_others_go_on_while_one_waits_for_its_tool(loaded, engine_for):
     # The second turn read exactly what the trajectory holds.
     assert requests[-1]["token_ids"] == [11, *first.ids[:-2]]
     assert requests[-1]["sampling_params"]["seed"] == turn_seed(1, 0, 1)
+
+
+def test_a_tools_answer_is_read_while_other_turns_are_in_flight(loaded, engine_for):
+    """The other prompt's turn ends only when the second turn of the first has begun."""
+    tokenizer, second = loaded[1], threading.Event()
+    end = tokenizer.eos_token_id
+    call = [*tokenizer(CALL).input_ids, end]
+
+    def turn(request):
+        if request["token_ids"] == [12]:
+            assert second.wait(30)
+            return [21, end]
+        if request["token_ids"] == [11]:
+            return call
+        second.set()
+        return [20, end]
+
+    with stand_in(end) as server:
+        server.max_model_len, server.turn = 4096, turn
+        seen = engine_for(server).generate(
+            [[11], [12]],
+            SamplingOptions(max_completion_length=500),
+            seed=1,
+            tools=lambda number: Echo(lambda: time.sleep(0.2)),  # not done at once
+        )
+    assert [t.ids[-2:] for t in seen] == [[20, end], [21, end]]
+    assert second.is_set()
+
+
+def test_every_turn_has_a_seed_of_its_own():
+    seeds = {turn_seed(s, n, r) for s in range(20) for n in range(20) for r in range(20)}
+    assert len(seeds) == 8000
+    assert all(0 <= seed < 2**62 for seed in seeds)
 
 
 def test_an_answer_of_a_tool_that_leaves_no_room_ends_the_trajectory(loaded, engine_for):
