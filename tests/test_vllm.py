@@ -243,6 +243,12 @@ def test_on_a_cpu_vllm_cannot_sleep_and_says_so(local):
             VLLMEngine(fetch_demo_model(), enable_sleep_mode=True)
 
 
+def test_what_is_no_model_is_one_line(environment, tmp_path):
+    with pytest.raises(InputError, match="is no model that transformers can read") as caught:
+        VLLMEngine(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 class Words:
     """A tool that is called with the text the model wrote."""
 

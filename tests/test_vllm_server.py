@@ -119,7 +119,8 @@ def test_new_weights_are_loaded_and_the_cache_reset_before_they_count(loaded, en
     with stand_in(end) as server:
         engine = engine_for(server)
         engine.update_weights(tagged(loaded[0], 1))
-        steps = [p for p in server.paths() if p not in ("/v1/models", "/server_info")]
+        asked = ("/health", "/v1/models", "/server_info")
+        steps = [path for path in server.paths() if path not in asked]
         assert steps == [
             "/weight_info",
             "/update_weight_version",
@@ -187,6 +188,15 @@ def test_a_server_that_never_comes_back_is_one_line_with_its_address(loaded, eng
     ) as caught:
         engine.generate(PROMPTS, OPTIONS, seed=1)
     assert "\n" not in str(caught.value)
+
+
+def test_a_server_whose_engine_died_is_waited_for(loaded, engine_for):
+    """It answers 500 until it ends, longer than a turn is tried; /health says what it is."""
+    end = loaded[1].eos_token_id
+    dead = dict.fromkeys(range(1, 9), 503)
+    with stand_in(end, faults(generate={0: 500}, health=dead)) as server:
+        seen = engine_for(server, max_retries=1).generate(PROMPTS, OPTIONS, seed=1)
+    check(seen, 0, end)
 
 
 def test_a_turn_that_always_fails_ends_the_call(loaded, engine_for):

@@ -91,9 +91,7 @@ class ServerClient:
     ) -> None:
         self.settings, self.weights, self.sleep, self.uniform = settings, weights, sleep, uniform
         self.url = settings.base_url.rstrip("/").removesuffix("/v1")
-        self._key = http_calls.read_key(
-            settings.api_key_env, user=USER, setting="rollout_api_key_env"
-        )
+        self._key = http_calls.read_key(settings.api_key_env, user=USER, setting="api_key_env")
         httpx = http_calls.import_httpx2(USER)
         self.client: httpx2.AsyncClient = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
@@ -182,6 +180,8 @@ class ServerClient:
             ) from None
 
     async def _check(self) -> None:
+        # A server whose engine died answers other requests until it has ended, this one with 503.
+        await self._ask("GET", "/health", _SHORT_S)
         models = await self._ask("GET", "/v1/models", _SHORT_S)
         try:
             self.max_model_len = int(models["data"][0]["max_model_len"])

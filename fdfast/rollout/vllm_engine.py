@@ -109,8 +109,8 @@ class VLLMEngine:
             "generation_config": "vllm",  # nothing of the model's own changes the sampling
             "use_tqdm_on_load": False,
         } | engine_args
-        self.llm: Any = _start(vllm, arguments)
         self.tokenizer, self.end_ids = _tokenizer_and_ends(path, tokenizer)
+        self.llm: Any = _start(vllm, arguments)
         self.max_model_len: int = self.llm.llm_engine.model_config.max_model_len
         self.logprobs_mode, self.max_num_seqs = logprobs_mode, max_num_seqs
         self.max_tool_threads, self.weights_dir = max_tool_threads, weights_dir
@@ -330,13 +330,19 @@ def _one_line(error: Exception) -> str:
 
 
 def _tokenizer_and_ends(path: str, tokenizer: Any) -> tuple[Any, list[int]]:
+    """What is read of a model beside its weights."""
     transformers = import_transformers()
-    if tokenizer is None:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    try:
+        if tokenizer is None:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"VLLMEngine: {path} is no model that transformers can read: {_one_line(error)}"
+        ) from error
     try:
         generation_config = transformers.GenerationConfig.from_pretrained(path)
     except OSError:  # it has none: then its config says it
-        config = transformers.AutoConfig.from_pretrained(path)
         generation_config = transformers.GenerationConfig.from_model_config(config)
     return tokenizer, end_ids_of(generation_config, tokenizer)
 
