@@ -301,7 +301,8 @@ def _import_vllm() -> Any:
 
 
 def _can_sleep(wanted: bool | None) -> bool:
-    from vllm.platforms import current_platform
+    with _contained():
+        from vllm.platforms import current_platform
 
     can = bool(current_platform.is_sleep_mode_available())
     if wanted and not can:
