@@ -7,6 +7,8 @@ import dataclasses
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -26,7 +28,7 @@ from fdfast.rollout import HFEngine, SamplingOptions
 from fdfast.rollout.tool_turns import Call
 from fdfast.rollout.vllm_engine import VLLMEngine
 from fdfast.rollout.vllm_server import VLLMServerEngine
-from tests.vllm_process import ENVIRONMENT, KEY, server_process
+from tests.vllm_process import ENVIRONMENT, KEY, ROOT, server_process
 
 pytestmark = pytest.mark.vllm
 
@@ -214,6 +216,19 @@ def test_weights_reach_workers_through_a_folder_too(local, student, prompts, res
         restored, local.generate(prompts, GREEDY, seed=0), student.generate(prompts, GREEDY, seed=0)
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_two_worker_processes_get_new_weights_and_the_tied_head(environment, tmp_path):
+    environ = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.vllm_workers", str(tmp_path / "model")],
+        env=environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.stdout.split()[-1:] == ["equal"], done.stdout[-2000:] + done.stderr[-4000:]
 
 
 def test_adapters_are_merged_into_what_is_sampled(engine, loaded, prompts, restored):
