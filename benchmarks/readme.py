@@ -16,11 +16,14 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-CODE = re.compile(r"\.(py|pyi|cpp|hpp|lean|jsonl)$|^Makefile$|^pyproject.toml$|^constraints.txt$")
+CODE = re.compile(
+    r"\.(py|pyi|cpp|hpp|lean|jsonl)$|^Makefile$|^pyproject.toml$|^constraints(-vllm)?.txt$"
+)
 # Files that can't say what they are.
 SAID = {
-    "Makefile": "demo, test, test-slow, lint, bench, gpu: each makes .venv itself",
+    "Makefile": "demo, test, test-slow, test-vllm, lint, bench, gpu: each makes .venv itself",
     "constraints.txt": "the versions that CI and the demo use",
+    "constraints-vllm.txt": "the versions that make test-vllm uses",
     "pyproject.toml": "every setting",
     "fdfast/lean/FdBase.lean": "the base library under every embedded proof",
     "fdfast/data/base_theorems.jsonl": "the theorem set, each statement with a proof",

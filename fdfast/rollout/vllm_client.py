@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fdfast import http_calls
 from fdfast.errors import InputError, MachineError
 from fdfast.rollout.vllm_turns import Sampled
+from fdfast.rollout.vllm_worker import EXTENSION
 
 if TYPE_CHECKING:
     import httpx2
@@ -44,10 +45,13 @@ class ServerSettings:
 
 
 class Weights(NamedTuple):
-    """The weights that answers must come from: a name of our own, and a folder that has them."""
+    """The weights that answers must come from: a name of our own, a folder that has them, and
+    whether the head is tied to the embedding.
+    """
 
     version: str
     folder: Path
+    tied: bool
 
 
 class _RetryError(Exception):
@@ -87,9 +91,7 @@ class ServerClient:
     ) -> None:
         self.settings, self.weights, self.sleep, self.uniform = settings, weights, sleep, uniform
         self.url = settings.base_url.rstrip("/").removesuffix("/v1")
-        self._key = http_calls.read_key(
-            settings.api_key_env, user=USER, setting="rollout_api_key_env"
-        )
+        self._key = http_calls.read_key(settings.api_key_env, user=USER, setting="api_key_env")
         httpx = http_calls.import_httpx2(USER)
         self.client: httpx2.AsyncClient = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
@@ -159,17 +161,13 @@ class ServerClient:
 
         Raises:
             InputError: the server does not say.
-            MachineError: see `ready`.
+            MachineError: it does not answer.
         """
         await self.ready()
         try:
-            # The first time, the server looks at its whole machine before it answers.
-            info = await self._ask("GET", "/server_info?config_format=json", 10 * _SHORT_S)
-            return str(info["vllm_config"]["model_config"]["logprobs_mode"])
-        except (_RetryError, LookupError, TypeError) as error:
-            raise MachineError(
-                f"{self.url}: /server_info names no logprobs_mode ({error})"
-            ) from None
+            return str((await self._config())["model_config"]["logprobs_mode"])
+        except _RetryError as error:
+            raise MachineError(f"{self.url}: no answer ({error})") from None
 
     async def fall_asleep(self) -> None:
         """Have the server give memory back."""
@@ -182,6 +180,8 @@ class ServerClient:
             ) from None
 
     async def _check(self) -> None:
+        # A server whose engine died answers other requests until it has ended, this one with 503.
+        await self._ask("GET", "/health", _SHORT_S)
         models = await self._ask("GET", "/v1/models", _SHORT_S)
         try:
             self.max_model_len = int(models["data"][0]["max_model_len"])
@@ -204,7 +204,7 @@ class ServerClient:
         """
         loading = f"{weights.version}-loading-{secrets.token_hex(4)}"
         await self._ask("POST", "/update_weight_version", _SHORT_S, {"new_version": loading})
-        load = {"method": "reload_weights", "kwargs": {"weights_path": str(weights.folder)}}
+        load = await self._load_request(weights)
         try:
             await self._ask("POST", "/collective_rpc", _LOAD_S, load)
         except _RetryError as error:
@@ -224,6 +224,28 @@ class ServerClient:
         await self._ask(
             "POST", "/update_weight_version", _SHORT_S, {"new_version": weights.version}
         )
+
+    async def _load_request(self, weights: Weights) -> dict[str, Any]:
+        """The call of the workers that loads them."""
+        config = await self._config()
+        if config["parallel_config"].get("worker_extension_cls") == EXTENSION:
+            return {"method": "fdfast_load_folder", "args": [str(weights.folder)]}
+        if weights.tied and config["device_config"].get("device_type") == "cpu":
+            raise InputError(
+                f"{self.url}: on a CPU, vLLM alone would keep the old head of a model with tied "
+                f"embeddings; start the server with --worker-extension-cls {EXTENSION}"
+            )
+        return {"method": "reload_weights", "kwargs": {"weights_path": str(weights.folder)}}
+
+    async def _config(self) -> dict[str, Any]:
+        """The server's settings, by section."""
+        # The first time, the server looks at its whole machine before it answers.
+        info = await self._ask("GET", "/server_info?config_format=json", 10 * _SHORT_S)
+        config = info.get("vllm_config") if isinstance(info, dict) else None
+        names = ("model_config", "parallel_config", "device_config")
+        if not isinstance(config, dict) or not all(isinstance(config.get(n), dict) for n in names):
+            raise InputError(f"{self.url}: /server_info is not that of vLLM 0.32 or newer")
+        return config
 
     async def _ask(
         self, method: str, path: str, limit_s: float, body: dict[str, Any] | None = None

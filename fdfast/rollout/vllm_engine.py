@@ -24,6 +24,7 @@ from fdfast.rollout.hf import end_ids_of
 from fdfast.rollout.trajectory import SamplingOptions, Trajectory
 from fdfast.rollout.turns import Draft, MakeTools, OnEnd, Turns
 from fdfast.rollout.vllm_turns import Sampled, check_logprobs_mode, check_prompts, run_turns
+from fdfast.rollout.vllm_worker import EXTENSION
 from fdfast.rollout.weights import checkpoint_weights, save_weights
 
 # What must be equal for one model's weights to fit another.
@@ -103,12 +104,13 @@ class VLLMEngine:
             "logprobs_mode": logprobs_mode,
             "max_num_seqs": max_num_seqs,
             "seed": seed,
+            "worker_extension_cls": EXTENSION,
             "enable_prefix_caching": True,
             "generation_config": "vllm",  # nothing of the model's own changes the sampling
             "use_tqdm_on_load": False,
         } | engine_args
-        self.llm: Any = _start(vllm, arguments)
         self.tokenizer, self.end_ids = _tokenizer_and_ends(path, tokenizer)
+        self.llm: Any = _start(vllm, arguments)
         self.max_model_len: int = self.llm.llm_engine.model_config.max_model_len
         self.logprobs_mode, self.max_num_seqs = logprobs_mode, max_num_seqs
         self.max_tool_threads, self.weights_dir = max_tool_threads, weights_dir
@@ -181,15 +183,14 @@ class VLLMEngine:
                 )
         self._wake()
         if self._worker_is_here:
-            weights = checkpoint_weights(model)
-            self._reload(lambda worker: worker.model_runner.reload_weights(iter(weights.items())))
+            self._load("fdfast_load_tensors", checkpoint_weights(model))
         else:
             with tempfile.TemporaryDirectory(dir=self.weights_dir, prefix="fdfast-") as folder:
                 save_weights(model, Path(folder))
-                self._reload("reload_weights", weights_path=folder)
+                self._load("fdfast_load_folder", folder)
 
-    def _reload(self, method: Any, **arguments: Any) -> None:
-        self.llm.collective_rpc(method, kwargs=arguments)
+    def _load(self, method: str, weights: Any) -> None:
+        self.llm.collective_rpc(method, args=(weights,))
         if not self.llm.reset_prefix_cache():
             raise MachineError(
                 "update_weights: vLLM could not forget its prefix cache, which was made with the "
@@ -303,7 +304,8 @@ def _import_vllm() -> Any:
 
 
 def _can_sleep(wanted: bool | None) -> bool:
-    from vllm.platforms import current_platform
+    with _contained():
+        from vllm.platforms import current_platform
 
     can = bool(current_platform.is_sleep_mode_available())
     if wanted and not can:
@@ -332,13 +334,19 @@ def _one_line(error: Exception) -> str:
 
 
 def _tokenizer_and_ends(path: str, tokenizer: Any) -> tuple[Any, list[int]]:
+    """What is read of a model beside its weights."""
     transformers = import_transformers()
-    if tokenizer is None:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    try:
+        if tokenizer is None:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"VLLMEngine: {path} is no model that transformers can read: {_one_line(error)}"
+        ) from error
     try:
         generation_config = transformers.GenerationConfig.from_pretrained(path)
     except OSError:  # it has none: then its config says it
-        config = transformers.AutoConfig.from_pretrained(path)
         generation_config = transformers.GenerationConfig.from_model_config(config)
     return tokenizer, end_ids_of(generation_config, tokenizer)
 

@@ -1,8 +1,13 @@
 """Rollouts with a vLLM server: token ids in, token ids out, over HTTP.
 
-Start it with `VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model DIR
---host 127.0.0.1 --logprobs-mode processed_logprobs`. That mode lets anyone who reaches the port
-replace the weights, so it must be reachable from here alone.
+Start it so:
+
+    VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model DIR \\
+        --host 127.0.0.1 --enable-scale-out --logprobs-mode processed_logprobs \\
+        --worker-extension-cls fdfast.rollout.vllm_worker.WorkerExtension
+
+The development mode lets anyone who reaches the port replace the weights, so it must be reachable
+from here alone. The extension is needed on a CPU only, and wants fdfast to be importable there.
 """
 
 import asyncio
@@ -223,7 +228,7 @@ class VLLMServerEngine:
                 f"update_weights: can't write the weights to {folder} ({error}); give weights_dir, "
                 "a folder with room that the server sees, too"
             ) from error
-        return Weights(version, folder)
+        return Weights(version, folder, bool(model.config.tie_word_embeddings))
 
     def _new_home(self, model: Any) -> Path:
         parent = self._weights_dir

@@ -1,5 +1,6 @@
 """A model's weights as its checkpoint would hold them, for engines that load checkpoints."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch import Tensor
 from fdfast.errors import InputError
 
 _PEFT = "base_model.model."
+# Of plain LoRA, what `get_delta_weight` reads.
+_LORA = re.compile(r"\.lora_([AB]\.\w+\.weight|embedding_[AB]\.\w+)$")
 
 
 def checkpoint_weights(model: Any) -> dict[str, Tensor]:
@@ -80,9 +83,9 @@ def _merged(model: Any) -> dict[str, Tensor]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         plain = name.removeprefix(_PEFT)
         module_name, _, leaf = name.rpartition(".")
-        if ".lora_" in name:
+        if _LORA.search(name):
             continue
-        if "modules_to_save" in name or "original_module" in name or "lora_magnitude" in name:
+        if ".lora_" in name or "modules_to_save" in name or "original_module" in name:
             raise InputError(
                 f"update_weights: {plain} is of a kind of adapter that is not merged here; give a "
                 "model of plain LoRA layers, or merge_and_unload() one first"
@@ -98,10 +101,11 @@ def _merged(model: Any) -> dict[str, Tensor]:
 
 def _delta(layer: Any, name: str) -> Tensor:
     """What the active adapters add to a layer's weight."""
-    if not hasattr(layer, "get_delta_weight"):
+    if not hasattr(layer, "get_delta_weight") or getattr(layer, "lora_variant", None):
         raise InputError(
             f"update_weights: the adapter of {name} ({type(layer).__name__}) can't be merged; use "
             "LoRA, or merge_and_unload() the model first"
         )
-    deltas = [layer.get_delta_weight(a) for a in layer.active_adapters if a in layer.lora_A]
+    held = layer.lora_A.keys() | layer.lora_embedding_A.keys()
+    deltas = [layer.get_delta_weight(a) for a in layer.active_adapters if a in held]
     return torch.stack(deltas).sum(0) if deltas else torch.zeros_like(layer.get_base_layer().weight)
