@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 USER = "VLLMServerEngine"
 # Of small requests, which a live server answers at once.
 _SHORT_S = 20.0
+_FIRST_S = 60.0
 _LOAD_S = 1800.0
 _LONGEST_WAIT_S = 5.0
 # Answers with an error to pushed weights until we say that they can't be pushed.
@@ -74,6 +75,7 @@ class ServerClient:
     Args:
         settings: how.
         weights: that answers must come from; None: whatever the server has.
+        met: whether the server has ever answered.
         sleep: waits so many seconds.
         uniform: a random number between two bounds, the jitter.
 
@@ -86,6 +88,7 @@ class ServerClient:
         settings: ServerSettings,
         weights: Weights | None,
         *,
+        met: bool,
         sleep: Callable[[float], Awaitable[None]],
         uniform: Callable[[float, float], float],
     ) -> None:
@@ -100,6 +103,7 @@ class ServerClient:
         )
         self.max_model_len = 0
         self._checking, self._trusted, self._refusals = asyncio.Lock(), False, 0
+        self.met = met
 
     async def close(self) -> None:
         """Close the connections."""
@@ -136,21 +140,25 @@ class ServerClient:
 
         Raises:
             InputError: the server lacks what is asked of it.
-            MachineError: it does not answer within restart_timeout_s, or can't take the weights.
+            MachineError: it does not answer within restart_timeout_s (a minute where it never has),
+                or can't take the weights.
         """
         async with self._checking:
-            until, retry = time.monotonic() + self.settings.restart_timeout_s, 0
+            limit_s = self.settings.restart_timeout_s
+            if not self.met:  # more likely a wrong address than a server that restarts
+                limit_s = min(limit_s, _FIRST_S)
+            until, retry = time.monotonic() + limit_s, 0
             while not self._trusted:
                 try:
                     await self._check()
-                    self._trusted, self._refusals = True, 0
+                    self._trusted, self._refusals, self.met = True, 0, True
                     return
                 except _RetryError as error:
                     failure = error
                 if time.monotonic() > until:
                     raise MachineError(
                         f"{self.url}: vLLM's server gave no answer within "
-                        f"{self.settings.restart_timeout_s:g} s ({failure}); start it, and run "
+                        f"{limit_s:g} s ({failure}); start it, and run "
                         "again"
                     )
                 await self._wait(retry, failure)

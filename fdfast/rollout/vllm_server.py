@@ -118,6 +118,7 @@ class VLLMServerEngine:
         )
         self.tokenizer, self.max_tool_threads = tokenizer, max_tool_threads
         self.idle_s = 0.0
+        self._met = False
         self.end_ids = sorted({tokenizer.eos_token_id} - {None} if end_ids is None else end_ids)
         self.weights: Weights | None = None
         self._weights_dir, self._sleep, self._uniform = weights_dir, sleep, uniform
@@ -203,11 +204,16 @@ class VLLMServerEngine:
     def _connected(self) -> Iterator[tuple[LoopThread, ServerClient]]:
         with LoopThread("vllm") as loop:
             client = ServerClient(
-                self.settings, self.weights, sleep=self._sleep, uniform=self._uniform
+                self.settings,
+                self.weights,
+                met=self._met,
+                sleep=self._sleep,
+                uniform=self._uniform,
             )
             try:
                 yield loop, client
             finally:
+                self._met = client.met
                 loop.submit(client.close()).result()
 
     def _save(self, model: Any) -> Weights:
