@@ -18,6 +18,7 @@ from fdfast.feedback.prompts import (
 )
 from fdfast.feedback.rules import broken_rule, spoken
 from fdfast.rollout import HFEngine, SamplingOptions, Trajectory
+from fdfast.rollout.plain_text import PlainText
 
 
 class Engine(Protocol):
@@ -98,6 +99,7 @@ class SelfFeedback:
                 "an instruct model, or feedback=llm"
             )
         self.engine, self.tokenizer, self.options = engine, tokenizer, options
+        self.plain = PlainText(tokenizer)
         self.max_prompt_length, self.allow_solution = max_prompt_length, allow_solution
         self.seed = seed
         self.counters: FeedbackCounters | None = FeedbackCounters()
@@ -166,5 +168,4 @@ class SelfFeedback:
         text = self.tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=True
         )
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
-        return ids
+        return self.plain.encode_chat(text, [message["content"] for message in messages])

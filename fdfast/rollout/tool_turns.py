@@ -5,11 +5,11 @@ never rendered again.
 """
 
 import itertools
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from fdfast.errors import InputError
+from fdfast.rollout.plain_text import PlainText
 from fdfast.rollout.tool_calls import FORMS, Call, CallForm, Schemas, find_form, read_calls
 from fdfast.rollout.trajectory import ToolCall
 
@@ -37,9 +37,8 @@ _THINK, _END_THINK = "<think>", "</think>"
 class ToolTurns:
     """Reads calls and writes tools' answers for one tokenizer.
 
-    What a tool says is text: where it holds the text of an added token, such as <|im_end|> or
-    </tool_response>, this is encoded in pieces that are none, so no output can end its own message
-    or begin another's. All else is encoded as the tokenizer encodes the template's whole text.
+    What a tool says is plain text (`PlainText`): no output can end its own message or begin
+    another's.
 
     Args:
         tokenizer: its chat template must know the role `tool`. Where it writes calls, they must
@@ -53,11 +52,7 @@ class ToolTurns:
     def __init__(self, tokenizer: Any, end_ids: Sequence[int]) -> None:
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
-        # Runs of blanks, added by some tokenizers to save tokens, are no marks.
-        marks = [t.content for t in added.values() if len(t.content) > 1 and t.content.strip()]
-        # A look-ahead, so that those that overlap are found, too.
-        longest_first = "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True))
-        self._marks = re.compile(f"(?=({longest_first}))" if marks else r"(?!)")
+        self._plain = PlainText(tokenizer)
         # After the last of these stands only what the template opens the model's turn with.
         self._headers = {
             id for id, t in added.items() if t.special and t.content not in (_THINK, _END_THINK)
@@ -167,18 +162,9 @@ class ToolTurns:
 
     def _encode(self, parts: Sequence[str]) -> list[int]:
         """Ids of the template's text and tools' outputs, in turn; the first is the template's."""
-        text = "".join(parts)
         bounds = [0, *itertools.accumulate(map(len, parts))]
         outputs = list(zip(bounds[1::2], bounds[2::2], strict=False))
-        cuts = [0]
-        for found in self._marks.finditer(text):
-            start, end = found.span(1)
-            # Cut after its first character, each mark that an output has a part in is none.
-            if any(start < stop and begin < end for begin, stop in outputs):
-                cuts.append(start + 1)
-        pieces = [text[a:b] for a, b in itertools.pairwise([*cuts, len(text)])]
-        encoded = self.tokenizer(pieces, add_special_tokens=False).input_ids
-        return list(itertools.chain.from_iterable(encoded))
+        return self._plain.encode("".join(parts), outputs)
 
     def _cut(self, output: str, limit: int) -> str:
         """The two ends of an output that is too long, which say the most, with a note."""

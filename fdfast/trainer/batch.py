@@ -14,6 +14,7 @@ from fdfast.errors import InputError
 from fdfast.feedback.prompts import teacher_template
 from fdfast.packing import PrefixTree
 from fdfast.rollout import Trajectory
+from fdfast.rollout.plain_text import PlainText
 from fdfast.trainer.config import TrainConfig
 
 _TORN = "\ufffd"
@@ -48,6 +49,7 @@ class Prompts:
         self, tokenizer: Any, config: TrainConfig, tools: Sequence[dict[str, Any]] = ()
     ) -> None:
         self.tokenizer, self.config, self.tools = tokenizer, config, list(tools)
+        self.plain = PlainText(tokenizer)
         own = teacher_template(config.feedback, config.feedback_position)
         self.teacher_template = config.feedback_template or own
         self._check_tools()
@@ -58,7 +60,8 @@ class Prompts:
         Raises:
             InputError: it has more than max_prompt_length tokens.
         """
-        ids = self._ids(problem, self.config.prompt_template.replace("{prompt}", problem.prompt))
+        user = self.config.prompt_template.replace("{prompt}", problem.prompt)
+        ids = self._ids(problem, user, [problem.prompt])
         if len(ids) > self.config.max_prompt_length:
             raise InputError(
                 f"problem {problem.name}: its prompt has {len(ids)} tokens, max_prompt_length is "
@@ -77,7 +80,7 @@ class Prompts:
         parts = {"{prompt}": prompt, "{feedback}": feedback}
         # In one pass: what a text holds is never taken for a mark.
         user = re.sub(r"\{prompt\}|\{feedback\}", lambda m: parts[m[0]], self.teacher_template)
-        return self._ids(problem, user), clipped
+        return self._ids(problem, user, [problem.prompt, feedback]), clipped
 
     def _check_tools(self) -> None:
         names = [tool["function"]["name"] for tool in self.tools]
@@ -102,11 +105,9 @@ class Prompts:
         begin, end = self.tokenizer.decode(head), self.tokenizer.decode(tail)
         return f"{begin.rstrip(_TORN)} [...] {end.lstrip(_TORN)}", True
 
-    def _ids(self, problem: Problem, user: str) -> list[int]:
-        ids: list[int] = self.tokenizer(
-            self._text(user, problem.prompt), add_special_tokens=False
-        ).input_ids
-        return ids
+    def _ids(self, problem: Problem, user: str, others: list[str]) -> list[int]:
+        """Lean quotes what a model wrote: that must not pass for the template's own marks."""
+        return self.plain.encode_chat(self._text(user, problem.prompt), others)
 
     def _text(self, user: str, prompt: str) -> str:
         messages = [{"role": "system", "content": self.config.system_prompt}]
