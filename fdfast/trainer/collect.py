@@ -67,6 +67,9 @@ def collect(
     with ExitStack() as stack:
         stack.enter_context(sigterm_as_interrupt())
         screen = stack.enter_context(Screen("rollout", total=len(problems), quiet=quiet))
+        stack.callback(_say_where, screen, lines)
+        # First: a package that it lacks is an error now, not hours later.
+        writer = stack.enter_context(RecordWriter(lines, parquet=table))
         lean = stack.enter_context(lean_pool(config))
         screen.say(f"loading {config.model_name_or_path}")
         model, tokenizer = load_model(config.model_name_or_path, dtype=config.dtype)
@@ -77,15 +80,13 @@ def collect(
         engine = stack.enter_context(closing(make_engine(config, model, tokenizer)))
         # The engine has these weights; a server has its own.
         rollouts = Rollouts(config, engine, lean, prompts, provider, synced_step=0)
-        stack.callback(_say_where, screen, folder)
-        writer = stack.enter_context(RecordWriter(lines, parquet=table))
         _collect(rollouts, Student(model), problems, tokenizer, writer, screen)
 
 
-def _say_where(screen: Screen, folder: Path) -> None:
+def _say_where(screen: Screen, lines: Path) -> None:
     """Whatever ended it: what was written stays."""
-    if (folder / "trajectories.jsonl").stat().st_size:
-        screen.say(f"attempts are in {folder}; to read them: fdfast show {folder}")
+    if lines.exists() and lines.stat().st_size:
+        screen.say(f"attempts are in {lines.parent}; to read them: fdfast show {lines.parent}")
 
 
 def _collect(
