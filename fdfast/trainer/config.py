@@ -118,6 +118,15 @@ class TrainConfig:
         num_generations_eval: attempts at each of them.
         eval_steps: steps between evaluations; 0 for before the first and after the last alone.
 
+        max_skipped_steps: steps in a row that may be skipped because their loss or gradient is not
+            finite; one more ends the run.
+        alarm_window: steps whose median an alarm compares with.
+        entropy_alarm_ratio: alarm where entropy falls below this share of its median; 0 for none.
+        entropy_alarm_action: what follows: warn, stop (which leaves a checkpoint) or
+            lower_rate (by half).
+        kl_alarm_ratio: alarm where kl is more than so many times its median; 0 for none.
+        zero_reward_alarm_steps: alarm after so many steps without a proof; 0 for none.
+
         save_steps: steps between checkpoints; 0 for none but the one that Ctrl-C leaves.
         save_total_limit: checkpoints kept; older ones go. 0 keeps all.
         save_final_model: write the trained model to output_dir/model at the end.
@@ -209,6 +218,13 @@ class TrainConfig:
     eval_num_prompts: int = 0
     num_generations_eval: int = 1
     eval_steps: int = 0
+
+    max_skipped_steps: int = 3
+    alarm_window: int = 20
+    entropy_alarm_ratio: float = 0.5
+    entropy_alarm_action: Literal["warn", "stop", "lower_rate"] = "warn"
+    kl_alarm_ratio: float = 10.0
+    zero_reward_alarm_steps: int = 10
 
     save_steps: int = 50
     save_total_limit: int = 2
@@ -305,6 +321,7 @@ _AT_LEAST_ONE = (
     "teacher_ema_every",
     "max_steps",
     "max_pass_tokens",
+    "alarm_window",
 )
 _NOT_NEGATIVE = (
     "feedback_max_retries",
@@ -321,6 +338,10 @@ _NOT_NEGATIVE = (
     "eval_steps",
     "save_steps",
     "save_total_limit",
+    "max_skipped_steps",
+    "entropy_alarm_ratio",
+    "kl_alarm_ratio",
+    "zero_reward_alarm_steps",
 )
 _POSITIVE = (
     "feedback_timeout_s",

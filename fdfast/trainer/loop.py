@@ -6,6 +6,7 @@ Source: Feedback Distillation (2026), arXiv 2605.30861.
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -32,8 +33,10 @@ from fdfast.trainer.checkpoint import (
 from fdfast.trainer.config import TrainConfig
 from fdfast.trainer.engines import make_engine
 from fdfast.trainer.feedback import check_key, make_provider
+from fdfast.trainer.guards import Alarm, alarms, num_skipped, rate_factor
 from fdfast.trainer.master import MasterWeights
 from fdfast.trainer.metrics import Clock, MetricsLog, read_jsonl, records, step_line, summary
+from fdfast.trainer.provenance import write_provenance
 from fdfast.trainer.rollouts import Rollouts, lean_pool, read_split, schemas, told
 from fdfast.trainer.scoring import Scorer
 from fdfast.trainer.screen import Screen
@@ -75,6 +78,7 @@ def train(
         for problem in [*problems, *held_out]:
             prompts.student(problem)  # one that is too long is an error now, not hours later
         _open_folder(folder, newest)
+        write_provenance(config, folder, step=state.step)
         provider = make_provider(config, state.teacher.model, state.tokenizer)
         engine = closing.enter_context(
             contextlib.closing(make_engine(config, state.model, state.tokenizer))
@@ -149,16 +153,41 @@ def _train(run: _Run) -> None:
         seed = _seed(config, state.step)
         attempts, counts = run.rollouts.attempts(chosen, config.num_generations, seed, state, clock)
         with clock("update"):
-            metrics = _gradients(run, attempts) | counts
+            metrics: dict[str, Any] = _gradients(run, attempts) | counts
         with uninterrupted():  # from here to the lines on disk all happens or nothing does
             state.num_tokens += int(metrics["num_tokens"])  # cumulative, as TRL counts
-            metrics |= _update(state, config) | {"num_tokens": state.num_tokens}
+            metrics |= _update(run, metrics["loss"]) | {"num_tokens": state.num_tokens}
             metrics |= summary(attempts, config.num_generations) | clock.metrics()
+            heard = alarms(run.log.history, metrics, config)
+            metrics["alarms"] = [alarm.name for alarm in heard]
             run.log.write({"step": state.step} | metrics, _lines(run, attempts, seed))
         run.screen.say(step_line(state.step, metrics, config.max_steps))
+        for alarm in heard:
+            run.screen.say(f"step {state.step}: {alarm.text}")
         run.screen.at(state.step)
+        _stop_if_asked(run, heard)
         if config.save_steps and state.step % config.save_steps == 0:
             save_checkpoint(state, config, Path(config.output_dir))
+
+
+def _stop_if_asked(run: _Run, heard: Sequence[Alarm]) -> None:
+    """After too many skipped steps, or an alarm that the settings stop for.
+
+    Raises:
+        MachineError: stop.
+    """
+    config, step = run.config, run.state.step
+    skipped = num_skipped(run.log.history)
+    if skipped > config.max_skipped_steps:
+        raise MachineError(
+            f"step {step}: the loss or the gradient was not finite in {skipped} steps in a row; "
+            "lower learning_rate, or look at what they were trained on: fdfast show "
+            f"{config.output_dir}/attempts.jsonl --step {step}"
+        )
+    if config.entropy_alarm_action == "stop":
+        for alarm in heard:
+            if alarm.name == "entropy":
+                raise MachineError(f"step {step}: {alarm.text}")
 
 
 def _evaluation_due(run: _Run) -> bool:
@@ -299,26 +328,27 @@ def _learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * factor
 
 
-def _update(state: TrainState, config: TrainConfig) -> dict[str, float]:
-    """Clip, step the optimizer, let the teacher follow.
-
-    Raises:
-        MachineError: the gradient is not finite; nothing was changed.
+def _update(run: _Run, loss: float) -> dict[str, float]:
+    """Clip, step the optimizer, let the teacher follow; where the loss or the gradient is not
+    finite, nothing but the count of steps changes.
     """
-    rate = _learning_rate(config, state.step)
+    state, config = run.state, run.config
+    rate = _learning_rate(config, state.step) * rate_factor(run.log.history, config)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     limit = config.max_grad_norm or float("inf")
     norm = torch.nn.utils.clip_grad_norm_(state.master.take_gradients(), limit)
-    if not torch.isfinite(norm):
-        raise MachineError(
-            f"step {state.step + 1}: the gradient's norm is {float(norm)}; lower learning_rate, or "
-            "look at attempts.jsonl for what it was trained on"
-        )
+    skipped = not (torch.isfinite(norm) and math.isfinite(loss))
     state.changing = True
-    state.optimizer.step()
-    state.master.write_back()
+    if not skipped:
+        state.optimizer.step()
+        state.master.write_back()
     state.step += 1
-    followed = state.teacher.step(state.master.master, state.step)
+    followed = not skipped and state.teacher.step(state.master.master, state.step)
     state.changing = False
-    return {"grad_norm": float(norm), "learning_rate": rate, "teacher/updated": float(followed)}
+    return {
+        "grad_norm": float(norm),
+        "learning_rate": rate,
+        "teacher/updated": float(followed),
+        "skipped": float(skipped),
+    }
