@@ -29,5 +29,7 @@ def describe(config: TrainConfig) -> str:
 
 
 def yaml_value(value: Any) -> Any:
-    """Tuples as lists, which YAML has."""
+    """Tuples as lists, which YAML has, and of a stage what it sets."""
+    if dataclasses.is_dataclass(value):
+        return {name: item for name, item in vars(value).items() if item is not None}
     return [yaml_value(item) for item in value] if isinstance(value, tuple | list) else value

@@ -39,7 +39,7 @@ def alarms(history: Sequence[Row], row: Row, config: TrainConfig) -> list[Alarm]
         row: of the step.
         config: of the run.
     """
-    window = [seen for seen in history if "kl" in seen][-config.alarm_window :]
+    window = history[-config.alarm_window :]
     found = [_entropy(window, row, config), _kl(window, row, config), _reward(window, row, config)]
     return [alarm for alarm in [*found, _lean(row)] if alarm is not None]
 

@@ -98,7 +98,9 @@ def step_line(step: int, metrics: dict[str, Any], max_steps: int) -> str:
     parts = [f"step {step:>{len(str(max_steps))}}/{max_steps}"]
     if metrics.get("skipped"):
         return f"{parts[0]}  skipped: the loss or the gradient is not finite"
-    parts += [f"kl {metrics['kl']:.4f}", f"length {metrics['completions/mean_length']:.1f}"]
+    if "kl" in metrics:
+        parts.append(f"kl {metrics['kl']:.4f}")
+    parts += [f"length {metrics['completions/mean_length']:.1f}"]
     if "reward" in metrics:
         parts.append(f"proved {metrics['reward']:.0%}")
     parts.append(f"entropy {metrics['entropy']:.2f}")
