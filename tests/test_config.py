@@ -1,7 +1,10 @@
 """Settings: a YAML file, `key=value` words, and what a wrong one is told."""
 
+import dataclasses
+
 import pytest
 
+from fdfast.cli import main
 from fdfast.errors import InputError
 from fdfast.trainer import PRESETS, TrainConfig, load_config
 from fdfast.trainer.config_file import make_config
@@ -135,3 +138,22 @@ def test_a_settings_value_is_never_taken_for_another_type():
 
 def test_a_divergence_without_alpha_takes_any():
     assert TrainConfig(divergence="forward_kl", divergence_alpha=0.0).divergence_alpha == 0.0
+
+
+@pytest.mark.parametrize("preset", [None, *PRESETS])
+def test_what_config_show_prints_is_the_config_again(preset, tmp_path, capsys):
+    assert main(["config", "show", *([preset] if preset else [])]) == 0
+    shown = capsys.readouterr().out
+    (tmp_path / "shown.yaml").write_text(shown)
+    assert load_config(tmp_path / "shown.yaml", []) == load_config(None, [], preset=preset)
+    for field in dataclasses.fields(TrainConfig):  # a line of documentation above each
+        above = shown.split(f"\n{field.name}:")[0].rsplit("\n", 1)[-1]
+        assert above.startswith("# "), field.name
+        assert len(above) > 5
+
+
+def test_config_show_takes_settings_and_refuses_what_is_none(capsys):
+    assert main(["config", "show", "fd_paper", "learning_rate=2e-5"]) == 0
+    assert "\nlearning_rate: 2.0e-05\n" in capsys.readouterr().out
+    assert main(["config", "show", "fd_paper", "learning_rat=2e-5"]) == 2
+    assert "did you mean 'learning_rate'" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fdfast.losses import GRPOLoss, group_advantages, verl_names
+from fdfast.losses import FeedbackDistillationLoss, GRPOLoss, group_advantages, verl_names
 from fdfast.losses.policy import IS_MODES, LOSS_TYPES
 from tests.helpers import F64, FLOAT64_BACKENDS
 from tests.loss_batch import (
@@ -298,3 +298,42 @@ def test_wrong_arguments_are_named() -> None:
         GRPOLoss(beta=0.1)(*call, batch.advantages, mask=batch.mask)
     with pytest.raises(ValueError, match=r"num_sequences must be positive"):
         loss(*call, batch.advantages, mask=batch.mask, num_sequences=-1)
+
+
+@pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("evidence", ["hidden", "topk"])
+def test_a_mix_with_distillation_is_the_convex_sum_of_both_losses(backend, weight, level, evidence):
+    """Value and every gradient, in one call."""
+    batch = Batch()
+    teacher = batch.teacher if evidence == "hidden" else batch.topk
+    common = {"backend": backend, "entropy_coef": 0.0}
+    grpo = {"loss_type": "grpo" if level == "sequence" else "dapo", "beta": 0.1}
+    grpo |= {"importance_sampling_level": level, "epsilon_high": 0.3}
+    given = {"mask": batch.mask, "bias": batch.bias}
+    about = {"old_logprobs": batch.old, "ref_logprobs": batch.ref}
+    x = (batch.hidden, batch.weight, batch.targets)
+    mixed = GRPOLoss(**grpo, distillation_weight=weight, **common | {"entropy_coef": 0.05})
+    output = mixed(*x, batch.advantages, teacher, **given, **about)
+    seen = [output.loss, *torch.autograd.grad(output.loss, batch.leaves())]
+    alone = GRPOLoss(**grpo, **common)(*x, batch.advantages, **given, **about)
+    distilled = FeedbackDistillationLoss(**common)(*x, teacher, **given)
+    bonus = FeedbackDistillationLoss(**common | {"entropy_coef": 0.05})(*x, teacher, **given)
+    expected = (1 - weight) * alone.loss + weight * distilled.loss + (bonus.loss - distilled.loss)
+    right = [expected, *torch.autograd.grad(expected, batch.leaves())]
+    for ours, theirs in zip(seen, right, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    kl = distilled.metrics["kl"]
+    torch.testing.assert_close(output.metrics["distillation_kl"], kl, check_dtype=False)
+    torch.testing.assert_close(
+        output.metrics["policy_loss"], (1 - weight) * alone.loss.detach(), rtol=1e-6, atol=1e-9
+    )
+
+
+def test_a_mix_wants_a_teacher_and_a_weight_that_is_a_share():
+    batch = Batch()
+    with pytest.raises(ValueError, match="wants a teacher"):
+        batch.grpo(GRPOLoss(distillation_weight=0.5))
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]; got 1.5"):
+        GRPOLoss(distillation_weight=1.5)

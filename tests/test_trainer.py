@@ -245,10 +245,10 @@ def test_a_final_save_that_fails_loses_nothing(tiny, tmp_path, monkeypatch):
 def test_an_interrupt_during_the_update_loses_no_line(tiny, tmp_path, monkeypatch):
     update = loop._update
 
-    def interrupted(state, config):
-        if state.step == 1:
+    def interrupted(run, at, loss):
+        if run.state.step == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return update(state, config)
+        return update(run, at, loss)
 
     monkeypatch.setattr(loop, "_update", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -281,12 +281,13 @@ def test_a_resume_under_other_settings_is_refused(tiny, tmp_path):
         train(settings(tiny, tmp_path, seed=1, weight_decay=0.1), resume=True, quiet=True)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(tiny, tmp_path):
-    config = settings(tiny, tmp_path, learning_rate=1e30, save_final_model=True)
-    with pytest.raises(MachineError, match="the gradient's norm is nan; lower learning_rate"):
+def test_a_rate_that_ruins_the_weights_ends_the_run(tiny, tmp_path):
+    config = settings(tiny, tmp_path, learning_rate=1e30, max_steps=99, save_final_model=True)
+    with pytest.raises(MachineError, match="not finite in 4 steps in a row; lower learning_rate"):
         train(config, quiet=True)
     (saved,) = checkpoints(tmp_path)
-    assert int(saved.name.split("-")[1]) < 4
+    assert int(saved.name.split("-")[1]) < 9
+    assert not (tmp_path / "model").exists()
 
 
 def test_long_feedback_is_cut_in_the_middle_and_counted(tiny, tmp_path):

@@ -1,18 +1,18 @@
-"""The GRPO family over one `policy_head` call; TRL's option names and conventions.
+"""The GRPO family over one `policy_head` call, alone or mixed with Feedback Distillation; TRL's
+option names and conventions.
 
 Legend: B sequences, L positions, D hidden, V vocabulary.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fdfast.losses.output import LossOutput, masked_mean, masked_sum, normalizer
+from fdfast.losses.tokens import Tokens, for_each_token
 from fdfast.policy_head import policy_head
 from fdfast.policy_head_loss import policy_head_loss
 from fdfast.reference import k3, statistics_dtype, token_objective
-from fdfast.types import DEFAULT_WORKSPACE_MB, PolicyHead
+from fdfast.types import DEFAULT_WORKSPACE_MB, PolicyHead, TeacherHidden, TeacherTopK
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
 IS_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
@@ -45,6 +45,11 @@ class GRPOLoss(torch.nn.Module):
             outside).
         vllm_importance_sampling_clip_max: upper bound, or None.
         vllm_importance_sampling_clip_min: lower bound, or None.
+        distillation_weight: w in [0, 1]: the loss is w of Feedback Distillation's, with its own
+            normalisation by trained tokens, and 1 - w of this one.
+        divergence: of the distillation, see `FeedbackDistillationLoss`.
+        alpha: likewise.
+        tail: likewise.
         grad_filter: see `policy_head`.
         workspace_mb: see `policy_head`.
         backend: see `policy_head`.
@@ -67,6 +72,10 @@ class GRPOLoss(torch.nn.Module):
         vllm_importance_sampling_mode: str = "sequence_mask",
         vllm_importance_sampling_clip_max: float | None = 3.0,
         vllm_importance_sampling_clip_min: float | None = None,
+        distillation_weight: float = 0.0,
+        divergence: str = "forward_kl",
+        alpha: float = 0.5,
+        tail: str = "truncate",
         grad_filter: float | None = None,
         workspace_mb: float = DEFAULT_WORKSPACE_MB,
         backend: str = "auto",
@@ -92,6 +101,12 @@ class GRPOLoss(torch.nn.Module):
                 "GRPOLoss: epsilon, beta and entropy_coef must be >= 0; "
                 f"got {epsilon}, {beta}, {entropy_coef}"
             )
+        if not 0 <= distillation_weight <= 1:
+            raise ValueError(
+                f"GRPOLoss: distillation_weight must lie in [0, 1]; got {distillation_weight}"
+            )
+        self.distillation_weight = distillation_weight
+        self.divergence, self.alpha, self.tail = divergence, alpha, tail
         self.loss_type, self.importance_sampling_level = loss_type, importance_sampling_level
         self.epsilon = epsilon
         self.epsilon_high = epsilon if epsilon_high is None else epsilon_high
@@ -111,6 +126,7 @@ class GRPOLoss(torch.nn.Module):
         weight: Tensor,
         targets: Tensor,
         advantages: Tensor,
+        teacher: TeacherHidden | TeacherTopK | None = None,
         *,
         mask: Tensor | None = None,
         bias: Tensor | None = None,
@@ -127,6 +143,8 @@ class GRPOLoss(torch.nn.Module):
             weight: (V, D) floating; differentiable.
             targets: (B, L) int64.
             advantages: (B,), or (B, L) for one a token.
+            teacher: over the same tokens, with feedback; a constant. Wanted where
+                distillation_weight is more than 0.
             mask: (B, L) bool, True where the model itself wrote the token; None for everywhere.
             bias: (V,) or None; differentiable.
             old_logprobs: (B, L), of the policy that the clip is around; None: of this very policy
@@ -140,7 +158,8 @@ class GRPOLoss(torch.nn.Module):
 
         Returns:
             LossOutput with the metrics loss, policy_loss, entropy, ppo_kl, clip_ratio/*, kl (if
-            beta > 0), sampling/* (if sampling_logprobs), num_tokens.
+            beta > 0), sampling/* (if sampling_logprobs), distillation_kl (if there is a teacher),
+            num_tokens.
 
         Raises:
             ValueError: a shape or a value is off, or ref_logprobs is missing.
@@ -152,6 +171,11 @@ class GRPOLoss(torch.nn.Module):
             )
         if self.beta and ref_logprobs is None:
             raise ValueError(f"GRPOLoss: beta={self.beta} wants ref_logprobs; give them, or beta=0")
+        if self.distillation_weight and teacher is None:
+            raise ValueError(
+                f"GRPOLoss: distillation_weight={self.distillation_weight} wants a teacher; give "
+                "it, or distillation_weight=0"
+            )
         self._check(targets, advantages, old_logprobs, ref_logprobs, sampling_logprobs)
         trained = (
             torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.to(torch.bool)
@@ -159,12 +183,16 @@ class GRPOLoss(torch.nn.Module):
         dtype = statistics_dtype(hidden, weight)
         count = torch.as_tensor(normalizer(num_tokens, trained.sum(), "num_tokens"), dtype=dtype)
         entropy_weight = self.entropy_coef / count
-        tokens = _Tokens(
-            weights=self._token_weights(trained, num_tokens, num_sequences, dtype),
-            advantages=_per_token(advantages, trained),
-            old=None if old_logprobs is None else _per_token(old_logprobs, trained),
-            ref=None if ref_logprobs is None else _per_token(ref_logprobs, trained),
-            sampling=None if sampling_logprobs is None else _per_token(sampling_logprobs, trained),
+        distilled = self.distillation_weight / count
+        own_weights = self._token_weights(trained, num_tokens, num_sequences, dtype)
+        tokens = Tokens(
+            weights=(1 - self.distillation_weight) * own_weights,
+            advantages=for_each_token(advantages, trained),
+            old=None if old_logprobs is None else for_each_token(old_logprobs, trained),
+            ref=None if ref_logprobs is None else for_each_token(ref_logprobs, trained),
+            sampling=None
+            if sampling_logprobs is None
+            else for_each_token(sampling_logprobs, trained),
             entropy_weight=entropy_weight,
         )
         options = {
@@ -172,6 +200,10 @@ class GRPOLoss(torch.nn.Module):
             "temperature": self.temperature,
             "logit_softcap": self.logit_softcap,
             "mask": mask,
+            "teacher": teacher,
+            "divergence": self.divergence,
+            "alpha": self.alpha,
+            "tail": self.tail,
             "grad_filter": self.grad_filter,
             "workspace_mb": self.workspace_mb,
             "backend": self.backend,
@@ -179,11 +211,12 @@ class GRPOLoss(torch.nn.Module):
         if self._each_token_alone(tokens):
 
             def token_loss(
-                logprobs: Tensor, entropy: Tensor, _: Tensor, positions: Tensor
+                logprobs: Tensor, entropy: Tensor, divergence: Tensor, positions: Tensor
             ) -> Tensor:
                 own = tokens.at(positions)
                 per_token = self._per_token_loss(logprobs, own, None)[0]
-                return own.weights * per_token - tokens.entropy_weight * entropy
+                rewarded = own.weights * per_token - tokens.entropy_weight * entropy
+                return rewarded if teacher is None else rewarded + distilled * divergence
 
             loss, head = policy_head_loss(hidden, weight, targets, token_loss, **options)
             with torch.no_grad():
@@ -193,17 +226,22 @@ class GRPOLoss(torch.nn.Module):
             per_token, metrics = self._per_token_loss(head.logprobs, tokens, trained)
             loss = masked_sum(tokens.weights * per_token, trained)
             loss = loss - tokens.entropy_weight * masked_sum(head.entropy, trained)
+            if teacher is not None:
+                loss = loss + distilled * masked_sum(head.divergence, trained)
             head = PolicyHead(*(field.detach() for field in head))
-        entropy_loss = tokens.entropy_weight * masked_sum(head.entropy, trained)
+        beside = -tokens.entropy_weight * masked_sum(head.entropy, trained)
+        if teacher is not None:
+            metrics["distillation_kl"] = masked_mean(head.divergence, trained)
+            beside = beside + distilled * masked_sum(head.divergence, trained)
         metrics |= {
             "loss": loss.detach(),
-            "policy_loss": loss.detach() + entropy_loss,
+            "policy_loss": loss.detach() - beside,
             "entropy": masked_mean(head.entropy, trained),
             "num_tokens": trained.sum(),
         }
         return LossOutput(loss, metrics, head)
 
-    def _each_token_alone(self, tokens: "_Tokens") -> bool:
+    def _each_token_alone(self, tokens: "Tokens") -> bool:
         """Whether a token's loss follows from the token alone, so that its gradient can be taken at
         once.
         """
@@ -213,7 +251,7 @@ class GRPOLoss(torch.nn.Module):
         return not corrected
 
     def _per_token_loss(
-        self, logprobs: Tensor, tokens: "_Tokens", trained: Tensor | None
+        self, logprobs: Tensor, tokens: "Tokens", trained: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of each token without its weight, and the metrics (of whole sequences, where
         `trained` is given).
@@ -333,36 +371,3 @@ class GRPOLoss(torch.nn.Module):
                 outside |= ratio > self.is_clip_max
             ratio = ratio.masked_fill(outside, 0.0)
         return ratio, difference.abs()
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """What the loss of each token is made of beside its log-probability, (B, L) or, of some tokens,
-    (n,).
-    """
-
-    weights: Tensor
-    advantages: Tensor
-    old: Tensor | None
-    ref: Tensor | None
-    sampling: Tensor | None
-    entropy_weight: Tensor
-
-    def at(self, positions: Tensor) -> "_Tokens":
-        """Of some tokens, by their positions in the flattened (B, L)."""
-
-        def pick(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.flatten()[positions]
-
-        weights, advantages = (
-            self.weights.flatten()[positions],
-            self.advantages.flatten()[positions],
-        )
-        rest = (pick(self.old), pick(self.ref), pick(self.sampling))
-        return _Tokens(weights, advantages, *rest, self.entropy_weight)
-
-
-def _per_token(values: Tensor, trained: Tensor) -> Tensor:
-    """(B,) or (B, L) -> (B, L), 0 where masked: what stands there, NaN too, must reach no sum."""
-    values = values[:, None] if values.dim() == 1 else values
-    return torch.where(trained, values, 0.0)

@@ -31,6 +31,7 @@ class Attempt:
     teacher_prompt_ids: list[int]
     feedback: str | None = ""
     feedback_clipped: bool = False
+    advantage: float = 0.0
 
 
 class Prompts:

@@ -129,7 +129,9 @@ MAY_CHANGE = {
     "feedback_max_retries",
     "feedback_prices_usd",
     "feedback_timeout_s",
+    "kl_alarm_ratio",
     "lean_workers",
+    "max_skipped_steps",
     "max_steps",
     "model_name_or_path",
     "output_dir",
@@ -139,6 +141,7 @@ MAY_CHANGE = {
     "vllm_gpu_memory_utilization",
     "vllm_server_base_url",
     "vllm_weights_dir",
+    "zero_reward_alarm_steps",
 }
 
 

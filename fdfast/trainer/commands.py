@@ -1,4 +1,4 @@
-"""`fdfast train` and `fdfast rollout`."""
+"""`fdfast train`, `fdfast rollout` and `fdfast config`."""
 
 import argparse
 from collections.abc import Iterator
@@ -15,8 +15,7 @@ the later wins:
 
   fdfast {command}
 
-Every setting, with its meaning and default: python -m pydoc fdfast.trainer.TrainConfig
-(fdfast/trainer/config.py)."""
+Every setting, with its meaning and value: fdfast config show [PRESET]."""
 
 _TRAIN = """Train a model by Feedback Distillation: it attempts problems, gets feedback on each
 attempt, and learns to answer as a teacher does that has read the feedback.
@@ -64,6 +63,17 @@ def register(subparsers: "argparse._SubParsersAction[Any]") -> None:
     train.add_argument("--resume", action="store_true", help="from output_dir's newest checkpoint")
     train.set_defaults(run=_train)
 
+    config = subparsers.add_parser("config", help="settings").add_subparsers(
+        required=True, metavar="COMMAND", parser_class=type(subparsers.choices["train"])
+    )
+    show = config.add_parser(
+        "show", help="every setting of a preset with its meaning, as YAML that --config reads"
+    )
+    show.add_argument("preset", nargs="?", choices=_Presets(), metavar="PRESET", help="%(choices)s")
+    show.add_argument("settings", nargs="*", metavar="key=value", help="over the preset's")
+    show.add_argument("--config", type=Path, metavar="FILE", help="YAML, over the preset's")
+    show.set_defaults(run=_show_config)
+
     rollout = subparsers.add_parser(
         "rollout",
         help="let a model attempt problems, and keep the attempts",
@@ -103,6 +113,15 @@ def _train(arguments: argparse.Namespace) -> int:
         load_config(arguments.config, arguments.settings, preset=arguments.preset),
         resume=arguments.resume,
     )
+    return 0
+
+
+def _show_config(arguments: argparse.Namespace) -> int:
+    from fdfast.trainer import load_config
+    from fdfast.trainer.describe import describe
+
+    config = load_config(arguments.config, arguments.settings, preset=arguments.preset)
+    print(describe(config), end="")
     return 0
 
 

@@ -9,7 +9,9 @@ from fdfast.dispatch import BACKENDS
 from fdfast.divergences import TABLE, TAILS
 from fdfast.errors import InputError
 from fdfast.feedback import SOURCES
+from fdfast.losses.policy import IS_MODES, LOSS_TYPES
 from fdfast.trainer.feedback import check_feedback
+from fdfast.trainer.stages import Stage, stage_configs
 from fdfast.types import DEFAULT_WORKSPACE_MB
 
 
@@ -88,6 +90,19 @@ class TrainConfig:
         lean_timeout_s: seconds a check may take, of an attempt or of a tool's file.
         lean_workers: checks at once.
 
+        distillation_weight: 1 for Feedback Distillation, 0 for GRPO (Lean's verdict is the reward),
+            or a mix of both losses. At 0 neither feedback nor the teacher is asked.
+        loss_type: of GRPO: dapo, bnpo, cispo, dr_grpo, grpo, sapo.
+        importance_sampling_level: token, or sequence (GSPO).
+        epsilon: lower clip range.
+        epsilon_high: upper clip range; None: epsilon.
+        beta: weight of the KL to the reference, the student as the stage found it; 0 for none.
+        scale_rewards: what a group's advantages are divided by: group, batch or none.
+        vllm_importance_sampling_correction: whether what vLLM's arithmetic makes of the policy is
+            corrected by p_train / p_sampler.
+        vllm_importance_sampling_mode: token or sequence, truncate or mask.
+        vllm_importance_sampling_clip_max: upper bound of that ratio.
+
         loss_temperature: of the student's and the teacher's distributions in the loss.
         divergence: a name in divergences.TABLE.
         divergence_alpha: for jsd and skew_kl.
@@ -103,7 +118,9 @@ class TrainConfig:
         learning_rate: the peak.
         lr_scheduler_type: constant_with_warmup or linear (to 0 at max_steps).
         warmup_steps: linear warm-up.
-        max_steps: optimizer steps.
+        max_steps: optimizer steps; with stages each has its own.
+        stages: stages of the run, in order, each with max_steps and whatever differs from the
+            settings here: distillation_weight, learning_rate, ... (stages.Stage); () for one.
         max_pass_tokens: of one forward pass. Attempts are packed, with what they share once, into
             as few passes as this allows; a problem whose attempts are more is streamed.
         adam_beta1: AdamW.
@@ -117,6 +134,15 @@ class TrainConfig:
         eval_num_prompts: its first so many problems; 0 for no evaluation.
         num_generations_eval: attempts at each of them.
         eval_steps: steps between evaluations; 0 for before the first and after the last alone.
+
+        max_skipped_steps: steps in a row that may be skipped because their loss or gradient is not
+            finite; one more ends the run.
+        alarm_window: steps whose median an alarm compares with.
+        entropy_alarm_ratio: alarm where entropy falls below this share of its median; 0 for none.
+        entropy_alarm_action: what follows: warn, stop (which leaves a checkpoint) or
+            lower_rate (by half).
+        kl_alarm_ratio: alarm where kl is more than so many times its median; 0 for none.
+        zero_reward_alarm_steps: alarm after so many steps without a proof; 0 for none.
 
         save_steps: steps between checkpoints; 0 for none but the one that Ctrl-C leaves.
         save_total_limit: checkpoints kept; older ones go. 0 keeps all.
@@ -181,6 +207,17 @@ class TrainConfig:
     lean_timeout_s: float = 30.0
     lean_workers: int = 2
 
+    distillation_weight: float = 1.0
+    loss_type: str = "dapo"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    beta: float = 0.0
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    vllm_importance_sampling_correction: bool = True
+    vllm_importance_sampling_mode: str = "sequence_mask"
+    vllm_importance_sampling_clip_max: float = 3.0
+
     loss_temperature: float = 1.0
     divergence: str = "forward_kl"
     divergence_alpha: float = 0.5
@@ -197,6 +234,7 @@ class TrainConfig:
     lr_scheduler_type: Literal["constant_with_warmup", "linear"] = "constant_with_warmup"
     warmup_steps: int = 50
     max_steps: int = 200
+    stages: tuple[Stage, ...] = ()
     max_pass_tokens: int = 16384
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -209,6 +247,13 @@ class TrainConfig:
     eval_num_prompts: int = 0
     num_generations_eval: int = 1
     eval_steps: int = 0
+
+    max_skipped_steps: int = 3
+    alarm_window: int = 20
+    entropy_alarm_ratio: float = 0.5
+    entropy_alarm_action: Literal["warn", "stop", "lower_rate"] = "warn"
+    kl_alarm_ratio: float = 10.0
+    zero_reward_alarm_steps: int = 10
 
     save_steps: int = 50
     save_total_limit: int = 2
@@ -243,6 +288,12 @@ class TrainConfig:
                 0 < self.vllm_gpu_memory_utilization <= 1,
                 "(0, 1]",
             ),
+            (
+                "distillation_weight",
+                self.distillation_weight,
+                0 <= self.distillation_weight <= 1,
+                "[0, 1]",
+            ),
             ("adam_beta1", self.adam_beta1, 0 <= self.adam_beta1 < 1, "[0, 1)"),
             ("adam_beta2", self.adam_beta2, 0 <= self.adam_beta2 < 1, "[0, 1)"),
             ("grad_filter", self.grad_filter, 0 <= (self.grad_filter or 0) < 1, "[0, 1)"),
@@ -252,6 +303,8 @@ class TrainConfig:
         for name, value, known in (
             ("divergence", self.divergence, tuple(TABLE)),
             ("tail", self.tail, TAILS),
+            ("loss_type", self.loss_type, LOSS_TYPES),
+            ("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, IS_MODES),
             ("backend", self.backend, BACKENDS),
             ("feedback", self.feedback, SOURCES),
             ("feedback_on_failure", self.feedback_on_failure, ("skip", *SOURCES)),
@@ -270,6 +323,7 @@ class TrainConfig:
         if not self.output_dir.strip():
             raise InputError("config: output_dir must name a folder; got ''")
         check_feedback(self)
+        self._check_policy()
         if self.use_vllm and (self.vllm_mode == "server") != bool(self.vllm_server_base_url):
             raise InputError(
                 "config: vllm_server_base_url names the server of vllm_mode 'server', and of no "
@@ -285,6 +339,27 @@ class TrainConfig:
             raise InputError(
                 "config: prompt_template or completion_prefix must contain {prompt}; "
                 f"got {self.prompt_template!r}"
+            )
+
+    def _check_policy(self) -> None:
+        """The rules of what is rewarded, in every stage."""
+        for config in stage_configs(self) if self.stages else [self]:
+            if config.max_steps < 1:
+                raise InputError(f"config: max_steps must be at least 1; got {config.max_steps}")
+        weight = self.distillation_weight
+        if weight < 1 and self.task != "lean":
+            raise InputError(
+                "config: distillation_weight below 1 wants task 'lean', whose verdicts are the "
+                f"rewards; got task {self.task!r}"
+            )
+        if 0 < weight < 1 and self.loss_temperature != self.temperature:
+            raise InputError(
+                "config: a mix of both losses has one temperature; got loss_temperature "
+                f"{self.loss_temperature} and temperature {self.temperature}"
+            )
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            raise InputError(
+                "config: loss_type 'cispo' wants epsilon_high, the cap of the ratio (5.0, say)"
             )
 
 
@@ -305,6 +380,7 @@ _AT_LEAST_ONE = (
     "teacher_ema_every",
     "max_steps",
     "max_pass_tokens",
+    "alarm_window",
 )
 _NOT_NEGATIVE = (
     "feedback_max_retries",
@@ -314,6 +390,8 @@ _NOT_NEGATIVE = (
     "vllm_max_model_length",
     "teacher_top_k",
     "entropy_coef",
+    "epsilon",
+    "beta",
     "warmup_steps",
     "weight_decay",
     "max_grad_norm",
@@ -321,6 +399,10 @@ _NOT_NEGATIVE = (
     "eval_steps",
     "save_steps",
     "save_total_limit",
+    "max_skipped_steps",
+    "entropy_alarm_ratio",
+    "kl_alarm_ratio",
+    "zero_reward_alarm_steps",
 )
 _POSITIVE = (
     "feedback_timeout_s",
@@ -329,6 +411,7 @@ _POSITIVE = (
     "top_p",
     "learning_rate",
     "workspace_mb",
+    "vllm_importance_sampling_clip_max",
     "lean_timeout_s",
     "adam_epsilon",
 )

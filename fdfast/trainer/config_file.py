@@ -10,6 +10,7 @@ from typing import Any, Literal, get_origin
 from fdfast.errors import InputError, MachineError
 from fdfast.trainer.config import TrainConfig
 from fdfast.trainer.presets import PRESETS
+from fdfast.trainer.stages import Stage
 
 
 def make_config(
@@ -27,12 +28,11 @@ def make_config(
         MachineError: pydantic is missing.
     """
     sources = sources or {}
-    known = [f.name for f in dataclasses.fields(TrainConfig)]
     for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"{sources.get(key, source)}: unknown key {key!r}{hint}")
+        _check_names({key: None}, TrainConfig, sources.get(key, source))
+    stages = values.get("stages")
+    for stage in stages if isinstance(stages, list | tuple) else ():
+        _check_names(stage, Stage, f"{sources.get('stages', source)}: stages")
     try:
         from pydantic import TypeAdapter, ValidationError
     except ImportError as error:
@@ -49,6 +49,20 @@ def make_config(
         raise InputError(
             f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}; got {first['input']!r}"
         ) from error
+
+
+def _check_names(values: Any, settings: type, place: str) -> None:
+    """Every key is a setting.
+
+    Raises:
+        InputError: one is none; with the nearest that is one.
+    """
+    known = [f.name for f in dataclasses.fields(settings)]
+    for key in values if isinstance(values, Mapping) else ():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"{place}: unknown key {key!r}{hint}")
 
 
 def load_config(

@@ -6,8 +6,10 @@ Source: Feedback Distillation (2026), arXiv 2605.30861.
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import random
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ import torch
 
 from fdfast.data.problems import Problem
 from fdfast.errors import InputError, MachineError
+from fdfast.files import atomic_dir
 from fdfast.interrupts import sigterm_as_interrupt, uninterrupted
-from fdfast.losses import FeedbackDistillationLoss
-from fdfast.models import HeadWeights, lm_head, load_model
+from fdfast.losses import FeedbackDistillationLoss, GRPOLoss
+from fdfast.models import HeadWeights, lm_head, load_model, save_model
 from fdfast.teacher import EMATeacher
 from fdfast.trainer.batch import Attempt, Prompts
 from fdfast.trainer.checkpoint import (
@@ -32,11 +35,14 @@ from fdfast.trainer.checkpoint import (
 from fdfast.trainer.config import TrainConfig
 from fdfast.trainer.engines import make_engine
 from fdfast.trainer.feedback import check_key, make_provider
+from fdfast.trainer.guards import Alarm, alarms, num_skipped, rate_factor
 from fdfast.trainer.master import MasterWeights
 from fdfast.trainer.metrics import Clock, MetricsLog, read_jsonl, records, step_line, summary
+from fdfast.trainer.provenance import write_provenance
 from fdfast.trainer.rollouts import Rollouts, lean_pool, read_split, schemas, told
 from fdfast.trainer.scoring import Scorer
 from fdfast.trainer.screen import Screen
+from fdfast.trainer.stages import Place, place, total_steps
 
 
 def train(
@@ -63,7 +69,7 @@ def train(
     problems = read_split(config, config.dataset_split)
     held_out = read_split(config, config.eval_split) if config.eval_num_prompts else []
     with (
-        Screen(folder.name, total=config.max_steps, quiet=quiet) as screen,
+        Screen(folder.name, total=total_steps(config), quiet=quiet) as screen,
         sigterm_as_interrupt(),
         _matmul_precision(config.float32_matmul_precision),
         lean_pool(config) as lean,
@@ -75,6 +81,7 @@ def train(
         for problem in [*problems, *held_out]:
             prompts.student(problem)  # one that is too long is an error now, not hours later
         _open_folder(folder, newest)
+        write_provenance(config, folder, step=state.step)
         provider = make_provider(config, state.teacher.model, state.tokenizer)
         engine = closing.enter_context(
             contextlib.closing(make_engine(config, state.model, state.tokenizer))
@@ -85,9 +92,6 @@ def train(
             problems=problems,
             held_out=held_out[: config.eval_num_prompts],
             rollouts=Rollouts(config, engine, lean, prompts, provider),
-            scorer=Scorer(
-                config, state.model, state.teacher.model, _loss(config, lm_head(state.model))
-            ),
             log=MetricsLog(folder, step=state.step),
             screen=screen,
         )
@@ -131,7 +135,6 @@ class _Run:
     problems: list[Problem]
     held_out: list[Problem]
     rollouts: Rollouts
-    scorer: Scorer
     log: MetricsLog
     screen: Screen
 
@@ -139,46 +142,85 @@ class _Run:
 def _train(run: _Run) -> None:
     """The loop."""
     config, state = run.config, run.state
+    scorer = _scorer(run, at := place(config, state.step))
     while True:
         if _evaluation_due(run):
-            _evaluate(run)
-        if state.step >= config.max_steps:
+            _evaluate(run, scorer)
+        if state.step >= total_steps(config):
             return
+        if (now := place(config, state.step)).index != at.index:
+            scorer = _scorer(run, now)
+        at = now
         clock = Clock()
-        chosen = _choose(run.problems, config, state.step)
+        chosen = _choose(run.problems, at)
         seed = _seed(config, state.step)
-        attempts, counts = run.rollouts.attempts(chosen, config.num_generations, seed, state, clock)
+        count, feedback = at.config.num_generations, at.config.distillation_weight > 0
+        attempts, counts = run.rollouts.attempts(
+            chosen, count, seed, state, clock, feedback=feedback
+        )
         with clock("update"):
-            metrics = _gradients(run, attempts) | counts
+            metrics: dict[str, Any] = _gradients(run, scorer, attempts) | counts
         with uninterrupted():  # from here to the lines on disk all happens or nothing does
             state.num_tokens += int(metrics["num_tokens"])  # cumulative, as TRL counts
-            metrics |= _update(state, config) | {"num_tokens": state.num_tokens}
-            metrics |= summary(attempts, config.num_generations) | clock.metrics()
+            metrics |= _update(run, at, metrics["loss"]) | {"num_tokens": state.num_tokens}
+            metrics |= summary(attempts, count) | clock.metrics() | {"stage": at.index}
+            heard = alarms(run.log.history, metrics, config)
+            metrics["alarms"] = [alarm.name for alarm in heard]
             run.log.write({"step": state.step} | metrics, _lines(run, attempts, seed))
-        run.screen.say(step_line(state.step, metrics, config.max_steps))
+        run.screen.say(step_line(state.step, metrics, total_steps(config)))
+        for alarm in heard:
+            run.screen.say(f"step {state.step}: {alarm.text}")
         run.screen.at(state.step)
+        _stop_if_asked(run, heard)
         if config.save_steps and state.step % config.save_steps == 0:
             save_checkpoint(state, config, Path(config.output_dir))
 
 
+def _stop_if_asked(run: _Run, heard: Sequence[Alarm]) -> None:
+    """After too many skipped steps, or an alarm that the settings stop for.
+
+    Raises:
+        MachineError: stop.
+    """
+    config, step = run.config, run.state.step
+    skipped = num_skipped(run.log.history)
+    if skipped > config.max_skipped_steps:
+        raise MachineError(
+            f"step {step}: the loss or the gradient was not finite in {skipped} steps in a row; "
+            "lower learning_rate, or look at what they were trained on: fdfast show "
+            f"{config.output_dir}/attempts.jsonl --step {step}"
+        )
+    if config.entropy_alarm_action == "stop":
+        for alarm in heard:
+            if alarm.name == "entropy":
+                raise MachineError(f"step {step}: {alarm.text}")
+
+
 def _evaluation_due(run: _Run) -> bool:
     config, step = run.config, run.state.step
-    asked = step in (0, config.max_steps) or (config.eval_steps and step % config.eval_steps == 0)
+    asked = step in (0, total_steps(config)) or (
+        config.eval_steps and step % config.eval_steps == 0
+    )
     return bool(run.held_out and asked) and step not in run.log.evaluated
 
 
-def _evaluate(run: _Run) -> None:
-    """The same stages without an update, on held-out problems, with the same seed every time."""
+def _evaluate(run: _Run, scorer: Scorer) -> None:
+    """The same without an update, on held-out problems, with the same seed every time."""
     num_generations, seed = run.config.num_generations_eval, _seed(run.config, -1)
     attempts, counts = run.rollouts.attempts(
-        run.held_out, num_generations, seed, run.state, Clock()
+        run.held_out,
+        num_generations,
+        seed,
+        run.state,
+        Clock(),
+        feedback=scorer.config.distillation_weight > 0,
     )
     with torch.no_grad():
-        metrics = run.scorer.score(told(attempts), backward=False) | counts
+        metrics = scorer.score(told(attempts), backward=False) | counts
     metrics |= summary(attempts, num_generations)
     step = run.state.step
     run.log.write_evaluation(step, metrics, _lines(run, attempts, seed))
-    run.screen.say("evaluation  " + step_line(step, metrics, run.config.max_steps))
+    run.screen.say("evaluation  " + step_line(step, metrics, total_steps(run.config)))
 
 
 def _lines(run: _Run, attempts: list[Attempt], seed: int) -> list[dict[str, Any]]:
@@ -246,17 +288,52 @@ def _initial_state(config: TrainConfig, checkpoint: Path | None) -> TrainState:
     return state
 
 
-def _loss(config: TrainConfig, head: HeadWeights) -> FeedbackDistillationLoss:
-    return FeedbackDistillationLoss(
-        divergence=config.divergence,
-        alpha=config.divergence_alpha,
-        tail=config.tail,
-        temperature=config.loss_temperature,
-        logit_softcap=head.logit_softcap,
-        entropy_coef=config.entropy_coef,
-        grad_filter=config.grad_filter,
-        workspace_mb=config.workspace_mb,
-        backend=config.backend,
+def _scorer(run: _Run, at: Place) -> Scorer:
+    """The loss of a stage, and what it looks at."""
+    state, config = run.state, at.config
+    reference = _reference(run, at) if config.beta and config.distillation_weight < 1 else None
+    loss_fn = _loss(config, lm_head(state.model))
+    return Scorer(config, state.model, state.teacher.model, loss_fn, reference)
+
+
+def _reference(run: _Run, at: Place) -> Any:
+    """The student as the stage found it; kept in the run's folder, for a resume."""
+    path = Path(run.config.output_dir) / f"reference-{at.index}"
+    if at.step == 0:
+        if path.exists():  # of a run that was resumed from before this stage
+            shutil.rmtree(path)
+        with atomic_dir(path) as temporary:
+            save_model(run.state.model, run.state.tokenizer, temporary)
+    model, _ = load_model(path, dtype=run.config.dtype)
+    model.requires_grad_(False)
+    return model.to(next(run.state.model.parameters()).device)
+
+
+def _loss(config: TrainConfig, head: HeadWeights) -> FeedbackDistillationLoss | GRPOLoss:
+    common: dict[str, Any] = {
+        "divergence": config.divergence,
+        "alpha": config.divergence_alpha,
+        "tail": config.tail,
+        "logit_softcap": head.logit_softcap,
+        "entropy_coef": config.entropy_coef,
+        "grad_filter": config.grad_filter,
+        "workspace_mb": config.workspace_mb,
+        "backend": config.backend,
+    }
+    if config.distillation_weight == 1:
+        return FeedbackDistillationLoss(temperature=config.loss_temperature, **common)
+    return GRPOLoss(
+        distillation_weight=config.distillation_weight,
+        loss_type=config.loss_type,
+        importance_sampling_level=config.importance_sampling_level,
+        epsilon=config.epsilon,
+        epsilon_high=config.epsilon_high,
+        beta=config.beta,
+        temperature=config.temperature,
+        max_completion_length=config.max_completion_length,
+        vllm_importance_sampling_mode=config.vllm_importance_sampling_mode,
+        vllm_importance_sampling_clip_max=config.vllm_importance_sampling_clip_max,
+        **common,
     )
 
 
@@ -265,15 +342,14 @@ def _seed(config: TrainConfig, step: int) -> int:
     return config.seed * 1_000_003 + step
 
 
-def _choose(problems: Sequence[Problem], config: TrainConfig, step: int) -> list[Problem]:
+def _choose(problems: Sequence[Problem], at: Place) -> list[Problem]:
     """The step's problems: every epoch is a shuffle of its own, so the step number alone is the
     data cursor.
     """
-    chosen = []
-    for position in range(step * config.prompts_per_step, (step + 1) * config.prompts_per_step):
-        epoch, index = divmod(position, len(problems))
-        chosen.append(problems[_order(config.seed, epoch, len(problems))[index]])
-    return chosen
+    size, seed = at.config.prompts_per_step, at.config.seed
+    first = at.position + at.step * size
+    places = (divmod(position, len(problems)) for position in range(first, first + size))
+    return [problems[_order(seed, epoch, len(problems))[index]] for epoch, index in places]
 
 
 @functools.lru_cache(maxsize=2)
@@ -283,42 +359,46 @@ def _order(seed: int, epoch: int, count: int) -> list[int]:
     return order
 
 
-def _gradients(run: _Run, attempts: list[Attempt]) -> dict[str, float]:
+def _gradients(run: _Run, scorer: Scorer, attempts: list[Attempt]) -> dict[str, float]:
     """The step's gradient, from zero, and what was seen on the way."""
     torch.manual_seed(_seed(run.config, run.state.step))  # of dropout, where a model has it
     run.state.model.train()
     run.state.optimizer.zero_grad(set_to_none=True)
-    return run.scorer.score(told(attempts), backward=True)
+    return scorer.score(told(attempts), backward=True)
 
 
-def _learning_rate(config: TrainConfig, step: int) -> float:
-    """Of the step that follows `step` finished ones."""
+def _learning_rate(at: Place) -> float:
+    """Of the step there; each stage has a schedule of its own."""
+    config, step = at.config, at.step
     factor = min(1.0, (step + 1) / max(1, config.warmup_steps))
     if config.lr_scheduler_type == "linear" and step >= config.warmup_steps:
         factor = (config.max_steps - step) / max(1, config.max_steps - config.warmup_steps)
     return config.learning_rate * factor
 
 
-def _update(state: TrainState, config: TrainConfig) -> dict[str, float]:
-    """Clip, step the optimizer, let the teacher follow.
-
-    Raises:
-        MachineError: the gradient is not finite; nothing was changed.
+def _update(run: _Run, at: Place, loss: float) -> dict[str, float]:
+    """Clip, step the optimizer, let the teacher follow; where the loss or the gradient is not
+    finite, nothing but the count of steps changes.
     """
-    rate = _learning_rate(config, state.step)
+    state, config = run.state, at.config
+    if at.index and not at.step and at.optimizer_state == "reset":
+        state.optimizer.state.clear()
+    rate = _learning_rate(at) * rate_factor(run.log.history, config)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     limit = config.max_grad_norm or float("inf")
     norm = torch.nn.utils.clip_grad_norm_(state.master.take_gradients(), limit)
-    if not torch.isfinite(norm):
-        raise MachineError(
-            f"step {state.step + 1}: the gradient's norm is {float(norm)}; lower learning_rate, or "
-            "look at attempts.jsonl for what it was trained on"
-        )
+    skipped = not (torch.isfinite(norm) and math.isfinite(loss))
     state.changing = True
-    state.optimizer.step()
-    state.master.write_back()
+    if not skipped:
+        state.optimizer.step()
+        state.master.write_back()
     state.step += 1
-    followed = state.teacher.step(state.master.master, state.step)
+    followed = not skipped and state.teacher.step(state.master.master, state.step)
     state.changing = False
-    return {"grad_norm": float(norm), "learning_rate": rate, "teacher/updated": float(followed)}
+    return {
+        "grad_norm": float(norm),
+        "learning_rate": rate,
+        "teacher/updated": float(followed),
+        "skipped": float(skipped),
+    }

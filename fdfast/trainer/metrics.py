@@ -1,6 +1,7 @@
 """Metrics: a JSON line a step in the output folder, a line or a bar on the screen."""
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,10 @@ from fdfast.trainer.batch import Attempt
 class MetricsLog:
     """`metrics.jsonl` and `attempts.jsonl` of a run, cut back to `step` when it is resumed there.
 
+    Attributes:
+        evaluated: steps at which there was an evaluation.
+        history: what alarms look at, of each training step.
+
     Args:
         folder: of the run.
         step: finished steps; lines beyond are of steps that will be done again.
@@ -29,7 +34,9 @@ class MetricsLog:
             rows = [row for row in read_jsonl(path) if row["step"] <= step]
             with atomic_file(path) as temporary:
                 temporary.write_text("".join(_line(row) for row in rows), encoding="utf-8")
-        self.evaluated = {r["step"] for r in read_jsonl(self.metrics) if "eval_loss" in r}
+        kept = read_jsonl(self.metrics)
+        self.evaluated = {r["step"] for r in kept if "eval_loss" in r}
+        self.history = [_watched(r) for r in kept if "eval_loss" not in r]
 
     def write_evaluation(
         self, step: int, metrics: dict[str, Any], attempts: list[dict[str, Any]]
@@ -40,10 +47,27 @@ class MetricsLog:
         self.evaluated.add(step)
 
     def write(self, metrics: dict[str, Any], attempts: list[dict[str, Any]]) -> None:
-        """Add one step's metrics and attempts; each line is on disk when this returns."""
+        """Add one step's metrics and attempts; each line is on disk when this returns. A number
+        that is not finite, which JSON has not, is null.
+        """
+        metrics = {name: _json_number(value) for name, value in metrics.items()}
+        if "eval_loss" not in metrics:
+            self.history.append(_watched(metrics))
         for path, rows in ((self.metrics, [metrics]), (self.attempts, attempts)):
             with path.open("a", encoding="utf-8") as file:
                 file.write("".join(_line(row) for row in rows))
+
+
+# What alarms look at.
+_WATCHED = ("kl", "entropy", "reward", "alarms", "skipped")
+
+
+def _watched(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in _WATCHED if name in row}
+
+
+def _json_number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -72,7 +96,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def step_line(step: int, metrics: dict[str, Any], max_steps: int) -> str:
     """One step on the screen."""
     parts = [f"step {step:>{len(str(max_steps))}}/{max_steps}"]
-    parts += [f"kl {metrics['kl']:.4f}", f"length {metrics['completions/mean_length']:.1f}"]
+    if metrics.get("skipped"):
+        return f"{parts[0]}  skipped: the loss or the gradient is not finite"
+    if "kl" in metrics:
+        parts.append(f"kl {metrics['kl']:.4f}")
+    parts += [f"length {metrics['completions/mean_length']:.1f}"]
     if "reward" in metrics:
         parts.append(f"proved {metrics['reward']:.0%}")
     parts.append(f"entropy {metrics['entropy']:.2f}")

@@ -2,9 +2,20 @@
 
 from typing import Any
 
+# The paper's column for GRPO. It names no clip range, no normalisation and no scale of advantages:
+# those are TRL's defaults.
+_GRPO: dict[str, Any] = {
+    "distillation_weight": 0.0,
+    "learning_rate": 1e-7,
+    "num_generations": 5,
+    "beta": 0.001,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     # The paper's table: Qwen3-8B, LeanWorkbook; the model and the data set are yours to name.
     "fd_paper": {},
+    "grpo_paper": _GRPO,
+    "fd_then_grpo": {"stages": ({"max_steps": 200}, {"max_steps": 200, **_GRPO})},
     # The two parts of `fdfast demo`: what 135M parameters show in minutes on two cores.
     "demo_concise": {
         "task": "chat",

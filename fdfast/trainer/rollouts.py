@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from fdfast.data import base_theorems_path
 from fdfast.data.problems import Problem, questions_path, read_problems
 from fdfast.errors import InputError, MachineError
 from fdfast.feedback import FeedbackItem, FeedbackProvider
 from fdfast.lean import LeanPool
 from fdfast.lean.tools import Limits, tool_schemas
+from fdfast.losses import group_advantages
 from fdfast.rollout import Engine, SamplingOptions, Toolboxes, Trajectory, generate
 from fdfast.trainer.batch import Attempt, Prompts
 from fdfast.trainer.config import TrainConfig
@@ -57,8 +60,18 @@ class Rollouts:
         seed: int,
         weights: Weights,
         clock: Clock,
+        *,
+        feedback: bool = True,
     ) -> tuple[list[Attempt], dict[str, float]]:
-        """Attempts with verdict and feedback, those at one problem together.
+        """Attempts with verdict, advantage and feedback, those at one problem together.
+
+        Args:
+            problems: each attempted num_generations times.
+            num_generations: attempts at each.
+            seed: of the sampling.
+            weights: what is sampled from.
+            clock: of the stages.
+            feedback: whether it is asked for.
 
         Returns:
             The attempts, feedback None where it failed, and what the provider counted.
@@ -84,7 +97,10 @@ class Rollouts:
             )
         self.engine.sleep()
         with clock("feedback"):
-            return self._with_feedback(every, trajectories, step=weights.step + 1)
+            plain = self._plain(every, trajectories, num_generations)
+            if self.provider is None or not feedback:
+                return plain, {}
+            return self._with_feedback(plain, self.provider, step=weights.step + 1)
 
     def _toolboxes(self) -> contextlib.AbstractContextManager[Toolboxes | None]:
         if not self.config.tools:
@@ -96,22 +112,31 @@ class Rollouts:
             limits=Limits(check_seconds=self.config.lean_timeout_s),
         )
 
-    def _with_feedback(
-        self, problems: Sequence[Problem], trajectories: Sequence[Trajectory], *, step: int
-    ) -> tuple[list[Attempt], dict[str, float]]:
-        plain = [
-            Attempt(problem, trajectory, trajectory.prompt_ids)
-            for problem, trajectory in zip(problems, trajectories, strict=True)
+    def _plain(
+        self, problems: Sequence[Problem], trajectories: Sequence[Trajectory], num_generations: int
+    ) -> list[Attempt]:
+        """Attempts before feedback; a proof is worth 1, all else 0."""
+        rewards = [float(t.verdict is not None and t.verdict.proved) for t in trajectories]
+        advantages = group_advantages(
+            torch.tensor(rewards), num_generations, scale_rewards=self.config.scale_rewards
+        ).tolist()
+        return [
+            Attempt(problem, trajectory, trajectory.prompt_ids, advantage=advantage)
+            for problem, trajectory, advantage in zip(
+                problems, trajectories, advantages, strict=True
+            )
         ]
-        if self.provider is None:
-            return plain, {}
-        counters = self.provider.counters
+
+    def _with_feedback(
+        self, plain: list[Attempt], provider: FeedbackProvider, *, step: int
+    ) -> tuple[list[Attempt], dict[str, float]]:
+        counters = provider.counters
         before = None if counters is None else dataclasses.replace(counters)
-        texts = self.provider.feedback_many([_item(a, self._tool_names()) for a in plain])
+        texts = provider.feedback_many([_item(a, self._tool_names()) for a in plain])
         if all(text is None for text in texts):
             raise MachineError(
                 f"step {step}: feedback {self.config.feedback!r} failed for all {len(texts)} "
-                f"attempts; the latest: {self.provider.last_failure}; mend that, or let another "
+                f"attempts; the latest: {provider.last_failure}; mend that, or let another "
                 "source step in (feedback_on_failure), and --resume"
             )
         attempts = [self._told(a, text) for a, text in zip(plain, texts, strict=True)]

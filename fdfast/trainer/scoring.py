@@ -3,14 +3,17 @@
 Legend: T trained tokens of a pack, D hidden, V vocabulary.
 """
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from fdfast.losses import FeedbackDistillationLoss
+from fdfast.errors import InputError
+from fdfast.losses import FeedbackDistillationLoss, GRPOLoss, LossOutput
 from fdfast.models import HeadWeights, hidden_states, lm_head
 from fdfast.packing import PrefixTree, fill_packs
 from fdfast.policy_head import policy_head
@@ -23,15 +26,24 @@ from fdfast.types import TeacherHidden, TeacherTopK
 
 @dataclass(frozen=True)
 class Scorer:
-    """Student, teacher and the loss between them."""
+    """Student, teacher and the loss between them.
+
+    Attributes:
+        config: of the stage.
+        model: the student.
+        teacher: asked where distillation_weight is more than 0.
+        loss_fn: of Feedback Distillation where that is 1, else of the policy.
+        reference: what beta's KL is to; wanted where beta is more than 0 and the loss the policy's.
+    """
 
     config: TrainConfig
     model: Any
     teacher: Any
-    loss_fn: FeedbackDistillationLoss
+    loss_fn: FeedbackDistillationLoss | GRPOLoss
+    reference: Any = None
 
     def score(self, attempts: Sequence[Attempt], *, backward: bool) -> dict[str, float]:
-        """Go through the packs; the loss is normalised by the trained tokens of all of them.
+        """Go through the packs; the loss is normalised over all of them.
 
         Args:
             attempts: all of a step; those at one problem stand together.
@@ -39,14 +51,18 @@ class Scorer:
 
         Returns:
             Sums of `loss` and `num_tokens`, means of the loss's other metrics over the tokens.
+
+        Raises:
+            InputError: a loss over whole sequences has a pack that does not fit in a pass.
         """
-        num_tokens = sum(a.completion.num_sampled for a in attempts)
+        counts = (sum(a.completion.num_sampled for a in attempts), len(attempts))
         totals: dict[str, float] = {}
         device = next(self.model.parameters()).device
         for pack in packs(attempts, self.config.max_pass_tokens):
             student, teacher = (tree.to(device) for tree in trees(pack))
-            part = _Part(self, student, self._evidence(teacher), num_tokens, totals)
+            part = _Part(self, pack, student, self._evidence(teacher), counts, totals)
             if backward and student.num_tokens > self.config.max_pass_tokens:
+                part.check_streams()
                 budget = self.config.max_pass_tokens
                 backward_in_parts(self.model, student, part, max_tokens=budget)
                 continue
@@ -57,8 +73,10 @@ class Scorer:
         return totals
 
     @torch.no_grad()
-    def _evidence(self, tree: PrefixTree) -> TeacherHidden | TeacherTopK:
+    def _evidence(self, tree: PrefixTree) -> TeacherHidden | TeacherTopK | None:
         """What the loss is told of the teacher, for every target."""
+        if not self.config.distillation_weight:
+            return None
         hidden_TD, head, config = (
             hidden_states(self.teacher, tree),
             lm_head(self.teacher),
@@ -81,29 +99,123 @@ class Scorer:
 
 @dataclass(frozen=True)
 class _Part:
-    """The loss of some of a pack's targets; its metrics are added to `totals`."""
+    """The loss of some of a pack's targets; its metrics are added to `totals`.
+
+    Attributes:
+        counts: trained tokens and sequences of the whole step.
+    """
 
     scorer: Scorer
+    pack: Sequence[Attempt]
     tree: PrefixTree
-    evidence: TeacherHidden | TeacherTopK
-    num_tokens: int
+    evidence: TeacherHidden | TeacherTopK | None
+    counts: tuple[int, int]
     totals: dict[str, float]
 
     def __call__(self, hidden: Tensor, rows: Tensor) -> Tensor:
         head: HeadWeights = lm_head(self.scorer.model)
-        output = self.scorer.loss_fn(
-            hidden,
-            head.weight,
-            self.tree.target_ids[rows],
-            self.evidence.rows(rows),
-            bias=head.bias,
-            num_tokens=self.num_tokens,
-        )
+        loss_fn, num_tokens = self.scorer.loss_fn, self.counts[0]
+        if isinstance(loss_fn, GRPOLoss):
+            output = self._policy_loss(loss_fn, head, hidden, rows)
+        else:
+            assert self.evidence is not None
+            output = loss_fn(
+                hidden,
+                head.weight,
+                self.tree.target_ids[rows],
+                self.evidence.rows(rows),
+                bias=head.bias,
+                num_tokens=num_tokens,
+            )
         for name, value in output.metrics.items():
-            share = 1.0 if name in ("loss", "num_tokens") else len(rows) / self.num_tokens
+            summed = name in ("loss", "policy_loss", "num_tokens")
+            share = 1.0 if summed else len(rows) / num_tokens
             self.totals[name] = self.totals.get(name, 0.0) + share * float(value)
         loss: Tensor = output.loss
         return loss
+
+    def check_streams(self) -> None:
+        """A part of a pack has no whole sequences.
+
+        Raises:
+            InputError: the loss wants them.
+        """
+        config = self.scorer.config
+        if isinstance(self.scorer.loss_fn, GRPOLoss) and self._by_sequence():
+            raise InputError(
+                f"a problem's attempts have {self.tree.num_tokens} tokens, more than "
+                f"max_pass_tokens = {config.max_pass_tokens}; with loss_type {config.loss_type!r}, "
+                f"importance_sampling_level {config.importance_sampling_level!r} they must fit in "
+                "one pass: raise it, or take loss_type 'dapo' and the level 'token'"
+            )
+
+    def _by_sequence(self) -> bool:
+        config = self.scorer.config
+        corrected = config.use_vllm and config.vllm_importance_sampling_correction
+        return (
+            config.loss_type in ("grpo", "sapo")
+            or config.importance_sampling_level == "sequence"
+            or (corrected and config.vllm_importance_sampling_mode.startswith("sequence"))
+        )
+
+    def _policy_loss(
+        self, loss_fn: GRPOLoss, head: HeadWeights, hidden: Tensor, rows: Tensor
+    ) -> LossOutput:
+        """Over sequences, padded, where the loss wants them, else over one row of tokens."""
+        lengths = [a.completion.num_sampled for a in self.pack]
+        if not self._by_sequence():
+            lengths = [len(rows)]
+
+        def by_sequence(values: Tensor) -> Tensor:
+            return pad_sequence(list(torch.split(values, lengths)), batch_first=True)
+
+        advantages, sampling, reference = (x[rows] if x is not None else None for x in self._given)
+        assert advantages is not None
+        evidence = None if self.evidence is None else self.evidence.rows(rows)
+        if isinstance(evidence, TeacherHidden):
+            evidence = replace(evidence, hidden=by_sequence(evidence.hidden))
+        elif evidence is not None:
+            evidence = TeacherTopK(by_sequence(evidence.ids), by_sequence(evidence.logprobs))
+        output: LossOutput = loss_fn(
+            by_sequence(hidden),
+            head.weight,
+            by_sequence(self.tree.target_ids[rows]),
+            by_sequence(advantages),
+            evidence,
+            mask=by_sequence(torch.ones_like(rows, dtype=torch.bool)),
+            bias=head.bias,
+            ref_logprobs=None if reference is None else by_sequence(reference),
+            sampling_logprobs=None if sampling is None else by_sequence(sampling),
+            num_tokens=self.counts[0],
+            num_sequences=self.counts[1],
+        )
+        return output
+
+    @functools.cached_property
+    def _given(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of every target: its advantage, the sampler's log-probability where it is corrected for,
+        and the reference's where there is one.
+        """
+        scorer, device = self.scorer, self.tree.target_ids.device
+        lengths = [a.completion.num_sampled for a in self.pack]
+        advantages = torch.tensor([a.advantage for a in self.pack], device=device)
+        advantages = advantages.repeat_interleave(torch.tensor(lengths, device=device))
+        sampling = reference = None
+        if scorer.config.use_vllm and scorer.config.vllm_importance_sampling_correction:
+            own = (
+                value
+                for attempt in self.pack
+                for value, wrote in zip(
+                    attempt.completion.logprobs, attempt.completion.wrote, strict=True
+                )
+                if wrote
+            )
+            sampling = torch.tensor(list(own), device=device)
+        if scorer.reference is not None:
+            config = replace(scorer.config, loss_temperature=scorer.config.temperature)
+            values = _target_logprobs(scorer.reference, self.tree, config)
+            reference = torch.tensor(values, device=device)
+        return advantages, sampling, reference
 
 
 def trees(attempts: Sequence[Attempt]) -> tuple[PrefixTree, PrefixTree]:
@@ -153,6 +265,7 @@ def token_logprobs(
     return [found[id(attempt)] for attempt in attempts]
 
 
+@torch.no_grad()
 def _target_logprobs(model: Any, tree: PrefixTree, config: TrainConfig) -> list[float]:
     tree, head = tree.to(next(model.parameters()).device), lm_head(model)
     scored = policy_head(

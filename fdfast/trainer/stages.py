@@ -1,0 +1,93 @@
+"""The stages of a run: Feedback Distillation, then GRPO, say, each with settings of its own."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from fdfast.trainer.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage; what is None is the run's own setting of that name.
+
+    Attributes:
+        max_steps: optimizer steps of the stage.
+        optimizer_state: reset begins it with an optimizer that has seen nothing, keep hands the
+            state over from the stage before.
+        distillation_weight: 1 for Feedback Distillation, 0 for GRPO, a mix between.
+        learning_rate: the peak; every stage has a warm-up and a schedule of its own.
+        lr_scheduler_type: see the run's.
+        warmup_steps: see the run's.
+        prompts_per_step: see the run's.
+        num_generations: see the run's.
+        beta: see the run's; the reference is the student as the stage found it.
+        entropy_coef: see the run's.
+    """
+
+    max_steps: int
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    distillation_weight: float | None = None
+    learning_rate: float | None = None
+    lr_scheduler_type: Literal["constant_with_warmup", "linear"] | None = None
+    warmup_steps: int | None = None
+    prompts_per_step: int | None = None
+    num_generations: int | None = None
+    beta: float | None = None
+    entropy_coef: float | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the stages a step lies.
+
+    Attributes:
+        index: of the stage.
+        config: the run's settings with the stage's in them.
+        step: finished steps of the stage.
+        position: problems that the stages before took.
+        optimizer_state: of the stage.
+    """
+
+    index: int
+    config: "TrainConfig"
+    step: int
+    position: int
+    optimizer_state: Literal["reset", "keep"]
+
+
+def stage_configs(config: "TrainConfig") -> list["TrainConfig"]:
+    """The settings of each stage; a run without stages is one."""
+    own = ("optimizer_state",)
+    return [
+        dataclasses.replace(
+            config,
+            stages=(),
+            **{
+                name: value
+                for name, value in vars(stage).items()
+                if value is not None and name not in own
+            },
+        )
+        for stage in config.stages
+    ] or [config]
+
+
+def total_steps(config: "TrainConfig") -> int:
+    """Optimizer steps of all stages."""
+    return sum(stage.max_steps for stage in config.stages) or config.max_steps
+
+
+def place(config: "TrainConfig", step: int) -> Place:
+    """Where the step that follows `step` finished ones lies; past the end, in the last stage."""
+    position = 0
+    every = stage_configs(config)
+    for index, settings in enumerate(every):
+        last = index == len(every) - 1
+        if step < settings.max_steps or last:
+            kept = config.stages[index].optimizer_state if config.stages else "keep"
+            return Place(index, settings, step, position, kept)
+        step -= settings.max_steps
+        position += settings.max_steps * settings.prompts_per_step
+    raise AssertionError("there is a stage at least")

@@ -1,0 +1,277 @@
+"""GRPO in the trainer, alone, mixed and after distillation: gradients, stages, resume."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fdfast.data.problems import Problem
+from fdfast.errors import InputError
+from fdfast.lean import LeanPool, Verdict
+from fdfast.models import lm_head, load_model
+from fdfast.rollout import Trajectory
+from fdfast.trainer import PRESETS, TrainConfig, train
+from fdfast.trainer.batch import Attempt
+from fdfast.trainer.config_file import make_config
+from fdfast.trainer.loop import _loss
+from fdfast.trainer.metrics import read_jsonl
+from fdfast.trainer.scoring import Scorer
+from fdfast.trainer.stages import Stage, place, total_steps
+from tests.tiny import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def attempts_of(advantages=(1.2, -0.4, 0.3, -1.1, 0.0)):
+    """Five attempts at two problems, of unequal lengths, one with a tool's answer in it."""
+    g = torch.Generator().manual_seed(0)
+    made = []
+    for number, (advantage, length) in enumerate(zip(advantages, (4, 7, 1, 5, 3), strict=True)):
+        ids = torch.randint(40, 200, (length,), generator=g).tolist()
+        wrote = [not (number == 1 and 2 <= i < 4) for i in range(length)]
+        logprobs = [-2.0 - 0.1 * i for i in range(length)]
+        name = "a" if number < 3 else "b"
+        prompt = [*range(50, 62), 70 if name == "a" else 71]
+        seen = Trajectory(ids, logprobs, wrote, "", "stop", prompt_ids=prompt)
+        teacher = [*prompt, 99, 98]
+        made.append(Attempt(Problem(name, name), seen, teacher, advantage=advantage))
+    return made
+
+
+def config_of(**values):
+    values = {"task": "lean", "distillation_weight": 0.0, "teacher_top_k": 0} | values
+    return TrainConfig(**values)
+
+
+def scored(model, config, attempts, reference=None):
+    """Metrics and the gradient of every parameter."""
+    model.zero_grad(set_to_none=True)
+    scorer = Scorer(config, model, model, _loss(config, lm_head(model)), reference)
+    metrics = scorer.score(attempts, backward=True)
+    return metrics, {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def logprobs_of(model, prompt, trajectory, temperature=1.0):
+    """Of the ids that the model wrote, in a pass of its own."""
+    ids = torch.tensor([[*prompt, *trajectory.ids]])
+    logits = model(ids).logits[0, len(prompt) - 1 : -1].double() / temperature
+    every = logits.log_softmax(-1)
+    taken = every.gather(1, torch.tensor(trajectory.ids)[:, None])[:, 0]
+    return every[torch.tensor(trajectory.wrote)], taken[torch.tensor(trajectory.wrote)]
+
+
+def plain_gradient(model, attempts, config, reference=None):
+    """The policy gradient at the sampling policy itself, attempt by attempt."""
+    model.zero_grad(set_to_none=True)
+    tokens = sum(a.completion.num_sampled for a in attempts)
+    total = 0.0
+    for attempt in attempts:
+        seen = attempt.completion
+        _, taken = logprobs_of(model, seen.prompt_ids, seen, config.temperature)
+        ratio = (taken - taken.detach()).exp()
+        if config.importance_sampling_level == "sequence":
+            ratio = (taken - taken.detach()).mean().exp().expand_as(taken)
+        each = -attempt.advantage * ratio
+        if reference is not None:
+            with torch.no_grad():
+                _, ref = logprobs_of(reference, seen.prompt_ids, seen, config.temperature)
+            each = each + config.beta * ((ref - taken).exp() - (ref - taken) - 1)
+        if config.loss_type == "grpo":
+            total = total + each.mean() / len(attempts)
+        elif config.loss_type == "dr_grpo":
+            total = total + each.sum() / (len(attempts) * config.max_completion_length)
+        else:
+            total = total + each.sum() / tokens
+    total.backward()
+    return total.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def assert_same(ours, plain):
+    for name, expected in plain.items():
+        bound = 2e-4 * float(expected.abs().max()) + 1e-7
+        torch.testing.assert_close(ours[name], expected, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("max_pass_tokens", [1000, 60])
+def test_the_gradient_is_the_policys_whatever_the_packs(tiny, loss_type, level, max_pass_tokens):
+    model, _ = load_model(tiny)
+    config = config_of(
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        max_pass_tokens=max_pass_tokens,
+        temperature=0.7,
+    )
+    metrics, ours = scored(model, config, attempts_of())
+    total, plain = plain_gradient(model, attempts_of(), config)
+    assert_same(ours, plain)
+    assert metrics["loss"] == pytest.approx(float(total), abs=1e-5)
+    assert metrics["num_tokens"] == 18
+
+
+def test_the_reference_pulls_back(tiny, tmp_path):
+    model, _ = load_model(tiny)
+    reference, _ = load_model(tiny)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.mul_(1.05)
+    config = config_of(beta=0.5, loss_type="grpo")
+    metrics, ours = scored(model, config, attempts_of(), reference)
+    _, plain = plain_gradient(model, attempts_of(), config, reference)
+    assert_same(ours, plain)
+    assert metrics["kl"] > 0
+
+
+def test_a_stream_of_parts_is_the_same_gradient_and_refused_for_whole_sequences(tiny):
+    model, _ = load_model(tiny)
+    _, packed = scored(model, config_of(), attempts_of())
+    _, streamed = scored(model, config_of(max_pass_tokens=8), attempts_of())
+    assert_same(streamed, packed)
+    with pytest.raises(InputError, match="they must fit in one pass: raise it"):
+        scored(model, config_of(max_pass_tokens=8, loss_type="grpo"), attempts_of())
+
+
+def test_a_mix_is_the_sum_of_both_gradients(tiny):
+    model, _ = load_model(tiny)
+    attempts = attempts_of()
+    _, fd = scored(model, config_of(distillation_weight=1.0), attempts)
+    _, grpo = scored(model, config_of(distillation_weight=0.0), attempts)
+    metrics, mixed = scored(model, config_of(distillation_weight=0.25), attempts)
+    assert_same(mixed, {name: 0.25 * fd[name] + 0.75 * grpo[name] for name in fd})
+    assert metrics["distillation_kl"] > 0
+
+
+def test_a_sampler_that_is_off_is_corrected_for_and_only_where_it_is_another(tiny):
+    """Its log-probs in the attempts are far from the model's."""
+    model, _ = load_model(tiny)
+    metrics, _ = scored(model, config_of(), attempts_of())
+    assert not any(name.startswith("sampling/") for name in metrics)
+    corrected, _ = scored(model, config_of(use_vllm=True), attempts_of())
+    assert corrected["sampling/sampling_logp_difference/mean"] > 0.1
+    off = config_of(use_vllm=True, vllm_importance_sampling_correction=False)
+    assert not any(name.startswith("sampling/") for name in scored(model, off, attempts_of())[0])
+
+
+def test_places_in_the_stages():
+    first = Stage(max_steps=3, prompts_per_step=2)
+    second = Stage(max_steps=2, distillation_weight=0.0, learning_rate=1e-7)
+    config = TrainConfig(stages=(first, second), prompts_per_step=5)
+    assert total_steps(config) == 5
+    seen = [place(config, step) for step in range(7)]
+    assert [p.index for p in seen] == [0, 0, 0, 1, 1, 1, 1]
+    assert [p.step for p in seen] == [0, 1, 2, 0, 1, 2, 3]
+    assert [p.position for p in seen] == [0, 0, 0, 6, 6, 6, 6]
+    assert seen[0].config.prompts_per_step == 2
+    assert seen[3].config.prompts_per_step == 5
+    assert (seen[0].config.learning_rate, seen[3].config.learning_rate) == (1e-5, 1e-7)
+    assert total_steps(TrainConfig(max_steps=9)) == 9
+    assert place(TrainConfig(max_steps=9), 4).step == 4
+
+
+def test_presets_have_the_papers_numbers():
+    grpo = make_config(PRESETS["grpo_paper"])
+    assert (grpo.learning_rate, grpo.num_generations, grpo.beta) == (1e-7, 5, 0.001)
+    both = make_config(PRESETS["fd_then_grpo"])
+    fd, then = (place(both, step).config for step in (0, 200))
+    assert (fd.learning_rate, fd.num_generations, fd.distillation_weight) == (1e-5, 1, 1.0)
+    assert (then.learning_rate, then.num_generations, then.distillation_weight) == (1e-7, 5, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"task": "chat", "distillation_weight": 0.0, "feedback": "constant"}, "wants task 'lean'"),
+        ({"distillation_weight": 0.5, "temperature": 0.7}, "has one temperature"),
+        ({"distillation_weight": 1.5}, r"must lie in \[0, 1\]; got 1.5"),
+        ({"loss_type": "ppo"}, "loss_type must be one of grpo"),
+        ({"loss_type": "cispo"}, "wants epsilon_high"),
+        ({"stages": [{"max_step": 3}]}, "stages: unknown key 'max_step'; did you mean 'max_steps'"),
+        ({"stages": [{"max_steps": 0}]}, "max_steps must be at least 1; got 0"),
+        ({"stages": [{"max_steps": 3, "learning_rate": -1.0}]}, "learning_rate must be positive"),
+    ],
+)
+def test_bad_settings_are_one_line(values, line):
+    with pytest.raises(InputError, match=line):
+        make_config({"feedback_text": "x"} | values)
+
+
+def run_settings(tiny, folder, **values):
+    stages = (
+        Stage(max_steps=2, learning_rate=1e-3),
+        Stage(
+            max_steps=3, distillation_weight=0.0, learning_rate=1e-4, num_generations=3, beta=0.1
+        ),
+    )
+    settings = {
+        "model_name_or_path": str(tiny),
+        "output_dir": str(folder),
+        "stages": stages,
+        "prompts_per_step": 2,
+        "max_completion_length": 6,
+        "teacher_top_k": 0,
+        "warmup_steps": 1,
+        "save_steps": 0,
+        "save_final_model": True,
+    }
+    return TrainConfig(**settings | values)
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """A Lean that finds every third answer right: the model itself proves nothing."""
+
+    def check(self, statement, proof, header=None, context=""):
+        right = sum(proof.encode()) % 3 == 0
+        return Verdict("proved", level=1) if right else Verdict("failed", reason="no")
+
+    monkeypatch.setattr(LeanPool, "check", check)
+
+
+def test_distillation_then_grpo_in_one_run_and_resumed_bit_for_bit(
+    tiny, tmp_path, judged, monkeypatch
+):
+    rows = train(run_settings(tiny, tmp_path / "straight"), quiet=True)
+    assert [row["stage"] for row in rows] == [0, 0, 1, 1, 1]
+    assert [row["learning_rate"] for row in rows] == [1e-3, 1e-3, 1e-4, 1e-4, 1e-4]
+    assert all(("time/feedback" in row) for row in rows)
+    assert "teacher_mass" in rows[0]
+    assert "clip_ratio/region_mean" in rows[2]
+    assert rows[2]["kl"] == pytest.approx(0.0, abs=1e-6), "the reference is the student just then"
+    assert rows[4]["kl"] > 0
+    feedback = {r["step"]: r["feedback"] for r in read_jsonl(tmp_path / "straight/attempts.jsonl")}
+    assert feedback[1]
+    assert feedback[3] == "", "nobody was asked for feedback that nobody needs"
+    score = Scorer.score
+    for stop in (2, 3, 4):
+        calls, folder = [], tmp_path / f"stopped-{stop}"
+
+        def failing(self, attempts, *, backward, calls=calls, stop=stop):
+            calls.append(1)
+            if len(calls) == stop + 1:
+                raise RuntimeError("power cut")
+            return score(self, attempts, backward=backward)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Scorer, "score", failing)
+            with pytest.raises(RuntimeError, match="power cut"):
+                train(run_settings(tiny, folder), quiet=True)
+        again = train(run_settings(tiny, folder), resume=True, quiet=True)
+        assert [r["loss"] for r in again] == [r["loss"] for r in rows]
+        one, _ = load_model(folder / "model")
+        other, _ = load_model(tmp_path / "straight" / "model")
+        for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b), (stop, name)
+
+
+def test_the_optimizer_is_handed_over_only_where_it_is_asked_to(tiny, tmp_path, judged):
+    kept = run_settings(tiny, tmp_path / "keep")
+    second = dataclasses.replace(kept.stages[1], optimizer_state="keep")
+    kept = dataclasses.replace(kept, stages=(kept.stages[0], second))
+    losses = [r["loss"] for r in train(kept, quiet=True)]
+    reset = [r["loss"] for r in train(run_settings(tiny, tmp_path / "reset"), quiet=True)]
+    assert losses[:3] == reset[:3]
+    assert losses[4] != reset[4]
