@@ -124,7 +124,7 @@ def test_log_probs_are_the_samplers_own(engine, temperature):
         assert seen.wrote == [True] * len(seen.ids)
 
 
-@pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.4}, {"top_k": 40, "top_p": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.4}, {"top_k": 40, "top_p": 0.5}])
 def test_the_nucleus_holds_and_is_drawn_from_as_it_should(options):
     torch.manual_seed(0)
     logits = torch.randn(50) * 2

@@ -88,14 +88,17 @@ def forward(model: Any, cache: KVCache, ids_BL: Tensor, mask_BL: Tensor) -> tupl
     Raises:
         InputError: the model keeps something else than keys and values.
     """
-    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicCache, DynamicLayer
 
     before_BL = mask_BL[:, :0] if cache.mask_BL is None else cache.mask_BL
     whole_BL = torch.cat([before_BL, mask_BL], 1)
     positions_BL = (whole_BL.cumsum(1) - 1).clamp(min=0)[:, before_BL.shape[1] :]
     past: Any = DynamicCache()
-    for layer, (key, value) in enumerate(cache.layers):
-        past.update(key, value, layer)
+    for key, value in cache.layers:
+        layer = DynamicLayer()
+        layer.lazy_initialization(key, value)
+        layer.keys, layer.values = key, value  # as they are: update() would copy them
+        past.layers.append(layer)
     output = model(
         input_ids=ids_BL,
         attention_mask=whole_BL,

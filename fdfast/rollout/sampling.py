@@ -26,16 +26,30 @@ def sample(
     if greedy:
         tokens_B = logprobs_BV.argmax(-1)
     else:
-        ranked_BV, order_BV = logprobs_BV.exp().sort(dim=-1, descending=True, stable=True)
-        below_BV = ranked_BV.cumsum(-1)
-        kept_BV = below_BV - ranked_BV < options.top_p  # the one that crosses it is kept
-        if options.top_k:
-            kept_BV[:, options.top_k :] = False
-        masses_BV = torch.where(kept_BV, ranked_BV, 0.0).double().cumsum(-1)
         drawn = [torch.rand((), generator=g, dtype=torch.float64) for g in generators]
-        drawn_B1 = torch.stack(drawn).to(logits_BV.device).unsqueeze(1) * masses_BV[:, -1:]
-        place_B1 = torch.searchsorted(masses_BV, drawn_B1, right=True)
-        last_B1 = kept_BV.sum(-1, keepdim=True) - 1  # lest a rounded sum leads past the kept
-        tokens_B = order_BV.gather(1, torch.minimum(place_B1, last_B1)).squeeze(1)
+        drawn_B1 = torch.stack(drawn).to(logits_BV.device).unsqueeze(1)
+        if options.top_p < 1 or options.top_k:
+            tokens_B1 = _draw_from_the_nucleus(logprobs_BV.exp(), drawn_B1, options)
+        else:
+            tokens_B1 = _draw(logprobs_BV.exp(), drawn_B1)
+        tokens_B = tokens_B1.squeeze(1)
     chosen = logprobs_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1)
     return tokens_B.tolist(), chosen.tolist()
+
+
+def _draw(weights_BV: Tensor, drawn_B1: Tensor) -> Tensor:
+    """The place (B, 1) at which the weights' running sum passes a share drawn from [0, 1)."""
+    masses_BV = weights_BV.cumsum(-1, dtype=torch.float64)
+    place_B1 = torch.searchsorted(masses_BV, drawn_B1 * masses_BV[:, -1:], right=True)
+    # Lest a rounded product leads past the last that weighs something.
+    return torch.minimum(place_B1, (masses_BV < masses_BV[:, -1:]).sum(-1, keepdim=True))
+
+
+def _draw_from_the_nucleus(probs_BV: Tensor, drawn_B1: Tensor, options: SamplingOptions) -> Tensor:
+    """Likewise from the most probable tokens alone."""
+    ranked_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
+    kept_BV = ranked_BV.cumsum(-1) - ranked_BV < options.top_p  # the one that crosses it is kept
+    if options.top_k:
+        kept_BV[:, options.top_k :] = False
+    place_B1 = _draw(torch.where(kept_BV, ranked_BV, 0.0), drawn_B1)
+    return order_BV.gather(1, place_B1)
