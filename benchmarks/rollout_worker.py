@@ -154,7 +154,7 @@ class _Checks:
     def __call__(self, number: int) -> _Check:
         return _Check(self.lean, self.slow_tool_s if number % 8 == 0 else 0.0)
 
-    def files(self, number: int) -> dict[str, str]:
+    def close(self, number: int) -> dict[str, str]:
         return {}
 
 
@@ -200,9 +200,9 @@ def _plain_transformers(contender: str, model: Any, tokenizer: Any, lean: Any) -
                     **stops,
                 )
             written = output[:, batch["input_ids"].shape[1] :].tolist()
-            for problem, ids in zip(problems[start : start + BATCH], written, strict=True):
-                while ids and ids[-1] == tokenizer.pad_token_id:
-                    ids.pop()
+            end = tokenizer.eos_token_id  # which pads, too
+            for problem, row in zip(problems[start : start + BATCH], written, strict=True):
+                ids = row[: row.index(end) + 1] if end in row else row
                 tokens += len(ids)
                 items.append((problem, tokenizer.decode(ids, skip_special_tokens=True)))
         return {"tokens": tokens, "proved": _proved(lean, items)}

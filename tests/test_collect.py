@@ -115,3 +115,18 @@ def test_the_command_takes_the_trainers_settings(tiny, tmp_path, monkeypatch, ca
     assert "--limit must be at least 1; got 0" in capsys.readouterr().err
     assert main(["rollout", "--model", str(tiny), "max_step=3"]) == 2
     assert "did you mean 'max_steps'" in capsys.readouterr().err
+
+
+def test_feedback_that_fails_for_all_loses_no_attempt(tiny, tmp_path, monkeypatch):
+    class Dead:
+        counters, last_failure = None, "nobody answers"
+
+        def feedback_many(self, items):
+            return [None] * len(items)
+
+    monkeypatch.setattr("fdfast.trainer.collect.make_provider", lambda *arguments: Dead())
+    config = TrainConfig(model_name_or_path=str(tiny), **CHAT)
+    collect(config, tmp_path, limit=2, quiet=True)
+    records = list(read_records(tmp_path / "trajectories.jsonl"))
+    assert len(records) == 4
+    assert {r.feedback for r in records} == {None}

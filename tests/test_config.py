@@ -157,3 +157,18 @@ def test_config_show_takes_settings_and_refuses_what_is_none(capsys):
     assert "\nlearning_rate: 2.0e-05\n" in capsys.readouterr().out
     assert main(["config", "show", "fd_paper", "learning_rat=2e-5"]) == 2
     assert "did you mean 'learning_rate'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"vllm_mode": "server"}, "want use_vllm=true"),
+        ({"vllm_server_base_url": "http://127.0.0.1:8000"}, "want use_vllm=true"),
+        ({"use_vllm": True, "vllm_mode": "server"}, "names the server of vllm_mode 'server'"),
+        ({"use_vllm": True, "vllm_max_model_length": 512}, "must be at least max_prompt_length"),
+        ({"tool_libraries": ["/tmp"]}, "set tools=true"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(values, line):
+    with pytest.raises(InputError, match=line):
+        make_config(values)

@@ -32,6 +32,37 @@ theorem swap (p q : Prop) (h : And p q) : And q p :=
     assert verdict.proved, verdict
 
 
+def test_honest_files_of_many_kinds_are_taken(pool):
+    """Documentation, equations, `open`, and more theorems below."""
+    text = """prelude
+import FdBase
+open Nat
+/-- first -/
+theorem right' (p q : Prop) : And p q → q
+  | ⟨_, b⟩ => b
+/-- second -/
+private def left' (p q : Prop) (h : And p q) : p := h.left  -- a note
+/-- The theorem
+itself. -/
+theorem swap (p q : Prop) (h : And p q) : And q p :=
+  And.intro (right' p q h) (left' p q h)
+/-- another -/
+theorem below (p : Prop) (h : p) : p := h
+"""
+    verdict = judged(pool, text)
+    assert verdict.proved, verdict
+
+
+def test_a_printer_of_the_provers_own_prints_nothing_in_the_audit(pool):
+    """The attack that a review found: False, proved by a printer that shows True as False."""
+    context = (
+        "def d : Nat → Nat | _ => 0 @[delab app.True] def e : Nat := 0\n"
+        "theorem other : True := True.intro\nopen Nat namespace X\ndef False : Prop := True"
+    )
+    verdict = pool.check("theorem won : False :=", "True.intro", "", context)
+    assert verdict.kind == "rejected"
+
+
 def test_the_last_theorem_of_the_name_counts_and_others_below_do_not(pool):
     text = f"{STATEMENT} ⟨h.right, h.left⟩\ntheorem other (p : Prop) : p := sorry\n"
     assert judged(pool, text).proved
@@ -68,6 +99,16 @@ def test_a_file_without_the_theorem_is_no_answer():
         "def a : Nat := 0\nrun_cmd skip",
         "open Nat in\ntheorem a (p : Prop) (h : p) : p := h",
         "def a : Nat",
+        # A whole command within what looks like one, and what would print in the audit's place.
+        "def f : Nat → Nat | _ => 0 @[delab app.True] def d : Nat := 0",
+        "theorem a : True @[delab app.True] def d : Nat := 0",
+        "def a : Nat inductive B : Type | c def d : Nat := 0",
+        "open Nat namespace X",
+        "open Nat axiom",
+        'def s := "\ndef t : Nat := 0 -- " @[simp] theorem a (p : Prop) (h : p) : p := h',
+        "def «a» : Nat := 0",
+        "def a (x : Nat := by sorry) : Nat := 0",
+        "theorem a : True := trivial\nattribute [delab app.True] a",
         "/- never closed",
     ],
 )

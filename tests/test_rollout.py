@@ -15,7 +15,7 @@ from fdfast.rollout.hf import _Batch
 from fdfast.rollout.sampling import sample
 from fdfast.rollout.tool_calls import Call
 from tests.scripted import script
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +237,54 @@ def test_a_turn_of_one_token_may_call_a_tool(engine, scripted, monkeypatch):
         for prompt, trajectory in zip(asked, seen, strict=True):
             right = logprobs_of_the_whole(engine, prompt, trajectory)
             torch.testing.assert_close(torch.tensor(trajectory.logprobs), right, rtol=0, atol=1e-4)
+
+
+def test_a_turn_of_very_many_calls_is_cut(engine, scripted):
+    scripted(lambda number: [CALL * 30, "end"])
+    options = SamplingOptions(max_completion_length=4000)
+    [seen] = engine.generate([[5]], options, seed=0, tools=lambda _number: Echo())
+    assert [c.ok for c in seen.tool_calls] == [True] * 8 + [False]
+    assert seen.tool_calls[8].output.startswith("not carried out: a turn may have 8 calls")
+
+
+def test_a_window_of_attention_sees_what_it_should_whatever_prompts_share(tmp_path):
+    """Padding behind a shared beginning would stand in the window."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=384, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, sliding_window=16,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(6.0)
+    windowed = HFEngine(model, tiny_tokenizer(), batch_size=4)
+    start = [*range(50, 62)]
+    asked = [[*start, *range(70, 70 + extra)] for extra in (1, 9, 20, 3)]
+    for prompt, seen in zip(
+        asked,
+        windowed.generate(asked, SamplingOptions(max_completion_length=9), seed=0),
+        strict=True,
+    ):
+        right = logprobs_of_the_whole(windowed, prompt, seen)
+        torch.testing.assert_close(torch.tensor(seen.logprobs), right, rtol=0, atol=1e-4)
+
+
+def test_layers_without_keys_and_values_are_refused_at_once(engine, monkeypatch):
+    monkeypatch.setattr(
+        engine.model.config, "layer_types", ["linear_attention", "full_attention"], raising=False
+    )
+    with pytest.raises(InputError, match="linear_attention keep no keys and values"):
+        HFEngine(engine.model, engine.tokenizer)
+
+
+def test_a_date_is_a_seed(engine):
+    options = SamplingOptions(max_completion_length=3)
+    first = engine.generate([[5]], options, seed=20261125 * 1_000_003)
+    assert first == engine.generate([[5]], options, seed=20261125 * 1_000_003)
 
 
 def test_limits_of_tools(engine, scripted):

@@ -96,6 +96,32 @@ def test_each_trajectory_has_files_of_its_own(attempted):
     assert others.verdict.kind == "rejected"
 
 
+def test_a_toolbox_begins_empty_each_time_and_leaves_no_folder(engine, lean, monkeypatch):
+    turns = [[write("Main.lean", f"{STATEMENT} {PROOF}"), "done"], ["no idea"]]
+    script(monkeypatch, engine.tokenizer, engine.end_ids[0], lambda number: turns[0])
+    with Toolboxes(lean) as boxes:
+        for right in (True, False):
+            [seen] = generate(
+                [SWAP],
+                engine,
+                SamplingOptions(max_completion_length=900),
+                boxes,
+                prompt=lambda problem: [5],
+                lean=lean,
+                seed=len(turns),
+            )
+            assert seen.verdict.proved == right
+            assert not list(boxes._folder.iterdir())
+            turns.pop(0)
+
+
+def test_thinking_is_no_answer():
+    honest = f"<think>```lean\n{STATEMENT} h\n```</think>\n```lean\n{STATEMENT} {PROOF}\n```"
+    assert submissions(SWAP, honest, {}) == [(PROOF, "")]
+    assert submissions(SWAP, f"I swap.\n</think>\n\n{PROOF}", {}) == [(PROOF, "")]
+    assert submissions(SWAP, f"hm\n</think>\n\n{STATEMENT} {PROOF}", {}) == [(PROOF, "")]
+
+
 def test_a_question_has_no_verdict_and_prompts_are_kept(attempted, engine):
     theorem, question = attempted([PROOF], ["Because."], problems=[SWAP, QUESTION])
     assert theorem.verdict.proved

@@ -89,6 +89,11 @@ def proof_text(answer: str) -> str:
     return text.strip().removeprefix(":=").strip()
 
 
+def spoken(answer: str) -> str:
+    """An answer without the thinking that some models write in front of it."""
+    return answer.rpartition("</think>")[2].strip()
+
+
 def fenced(answer: str) -> str:
     """The first fenced block; with one fence only, what it closes, or opens if it names Lean."""
     before, *blocks = answer.split("```")

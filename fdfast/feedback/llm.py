@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fdfast.data.problems import spoken
 from fdfast.errors import InputError, MachineError
 from fdfast.feedback.cache import FeedbackCache, content_key
 from fdfast.feedback.chat_endpoint import (
@@ -23,7 +24,7 @@ from fdfast.feedback.chat_endpoint import (
 from fdfast.feedback.item import FeedbackItem
 from fdfast.feedback.ledger import FeedbackCounters
 from fdfast.feedback.prompts import Message, ask_again, feedback_messages
-from fdfast.feedback.rules import broken_rule, spoken
+from fdfast.feedback.rules import broken_rule
 from fdfast.files import cache_dir
 from fdfast.http_calls import LoopThread
 

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from fdfast.data.problems import spoken
 from fdfast.errors import InputError
 from fdfast.feedback.item import FeedbackItem
 from fdfast.feedback.ledger import FeedbackCounters
@@ -16,7 +17,7 @@ from fdfast.feedback.prompts import (
     ask_again,
     feedback_messages,
 )
-from fdfast.feedback.rules import broken_rule, spoken
+from fdfast.feedback.rules import broken_rule
 from fdfast.rollout import HFEngine, SamplingOptions, Trajectory
 from fdfast.rollout.plain_text import PlainText
 

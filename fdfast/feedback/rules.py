@@ -25,11 +25,6 @@ _TEMPLATE_MARK = re.compile(r"<\|\w+\|>|</?s>|\[/?INST\]")
 _MIN_PROOF_CHARACTERS = 16
 
 
-def spoken(answer: str) -> str:
-    """The answer without the thinking that some models write in front of it."""
-    return answer.rpartition("</think>")[2].strip()
-
-
 def broken_rule(text: str, item: FeedbackItem, *, allow_solution: bool, cut_off: bool) -> str:
     """What is wrong with a feedback, as a clause to tell its writer; "" if nothing is.
 

@@ -50,7 +50,7 @@ _EXECUTING_COMMANDS = """
 # Words that are names too, and forge only as the attribute's own.
 _ATTRIBUTE = re.compile(
     r'(?:@\[|\battribute\s*\[)(?:"(?:\\.|[^"\\])*"|\[[^\]]{0,400}\]|[^\]"]){0,400}?'
-    r"(?<![\w.'!?])(?P<name>«?(?:init|tactic|builtin_\w+)»?)(?![\w'!?])"
+    r"(?<![\w.'!?])(?P<name>«?(?:init|tactic|builtin_\w+|(?:app_)?(?:delab|unexpander)|parenthesizer|formatter|\w+_parser)»?)(?![\w'!?])"
 )
 # `unsafeCast` and its kin.
 _UNSAFE = re.compile(r"unsafe[A-Z]")

@@ -9,7 +9,7 @@ proof or body, and the compiled theorem must still have the type that the statem
 import re
 from typing import NamedTuple
 
-from fdfast.lean.leanfile import Piece, definition_mark, split_pieces
+from fdfast.lean.leanfile import split_pieces
 from fdfast.lean.screen import (
     blank_comments,
     documentation_as_comments,
@@ -19,8 +19,11 @@ from fdfast.lean.screen import (
 )
 from fdfast.lean.statement import import_section, parse_statement
 
-_DEFINITION = re.compile(r"(?:(?:private|protected|noncomputable)\s+)*(?:def|abbrev)\b")
-_HARMLESS = re.compile(r"open(?:\s+(?!in\b|scoped\b)[\w.]+)+\s*\Z")
+# What a prover may declare: its keyword is looked past, all else of it is screened as a proof is.
+_DECLARATION = re.compile(
+    r"(?:(?:private|protected|noncomputable)\s+)*(?:theorem|lemma|def|abbrev)\s"
+)
+_OPEN = re.compile(r"open((?:\s+(?!in\b)[A-Za-z_][\w'.]*)+)\s*\Z")
 
 
 class Submission(NamedTuple):
@@ -59,44 +62,48 @@ def read_submission(text: str, formal_statement: str, header: str = "") -> Submi
         return None
     known = {line.strip() for line in header.splitlines()}
     above = [piece.text for piece in pieces[: places[-1]] if piece.text.strip() not in known]
-    return Submission(pieces[places[-1]].proof.strip(), "".join(above).strip())
+    chosen = pieces[places[-1]]
+    stop = sum(len(piece.text) for piece in pieces[: places[-1] + 1])
+    # What documents the next command is no part of this one's proof.
+    own = code[stop - len(chosen.proof) : stop].rstrip()
+    return Submission(chosen.proof[: len(own)].strip(), "".join(above).strip())
 
 
 def refuse_helpers(context: str) -> str:
-    """Why what a prover put above the theorem cannot be taken, or ""."""
+    """Why what a prover put above the theorem cannot be taken, or "".
+
+    Lemmas and definitions alone, and `open`; in all of them, names, binders and types too, no word
+    that begins a command, no attribute and no string, so that nothing runs or stays behind in the
+    compiled file but terms that the kernel has checked.
+    """
     if not context:
         return ""
     if reason := refuse_context(context):
         return reason
+    if found := re.search('["«]', context):
+        return f"`{found.group()}` above the theorem; put no strings there, and no names in « »"
     code, fault = blank_comments(documentation_as_comments(context))
     if fault:
         return fault
     at = 0
     for piece in split_pieces(context, code):
-        part = code[at : at + len(piece.text)]
+        begun = code[at : at + len(piece.text)].strip()
         at += len(piece.text)
-        if reason := _refuse_piece(piece, part):
+        if begun and (reason := _refuse_command(begun)):
             return reason
     return ""
 
 
-def _refuse_piece(piece: Piece, code: str) -> str:
-    """The same for one command; `code` is its text without comments."""
-    begun = code.strip()
-    if not begun or _HARMLESS.match(begun):
-        return ""
-    if piece.statement:
-        lead = piece.text[: piece.text.index(piece.statement)]
-        proof = piece.proof
-    elif (match := _DEFINITION.match(begun)) is not None:
-        start = len(code) - len(code.lstrip())
-        mark = definition_mark(code, start + match.end(), len(code))
-        lead, proof = "", piece.text[mark:] if mark >= 0 else ""
+def _refuse_command(code: str) -> str:
+    """The same for one command, without comments."""
+    shown = code.split("\n", maxsplit=1)[0]
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    if (opened := _OPEN.match(code)) is not None:
+        reason = refuse_proof(opened[1])
+    elif (lead := _DECLARATION.match(code)) is not None:
+        rest = code[lead.end() :]
+        reason = "" if ":=" in rest or "|" in rest else "no `:=`"
+        reason = reason or refuse_proof(rest)
     else:
-        lead, proof = "", ""
-    if not proof or "@[" in lead:
-        first = begun.split("\n")[0]
-        shown = first if len(first) <= 60 else first[:57] + "..."
-        return f"`{shown}` above the theorem; put lemmas and definitions with `:=` there"
-    reason = refuse_proof(proof)
-    return f"{reason} above the theorem" if reason else ""
+        return f"`{shown}` above the theorem; put lemmas and definitions there, and nothing else"
+    return f"{reason}, in `{shown}` above the theorem" if reason else ""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fdfast.errors import InputError
 from fdfast.rollout.kv_cache import KVCache, forward
 from fdfast.rollout.sampling import sample
 from fdfast.rollout.trajectory import SamplingOptions, Trajectory
@@ -35,6 +36,28 @@ def end_ids_of(generation_config: Any, tokenizer: Any) -> list[int]:
     return sorted({*ends, tokenizer.eos_token_id} - {None})
 
 
+def _has_windows(config: Any) -> bool:
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ()
+    windows = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None)
+    return any(kind != "full_attention" for kind in kinds) if kinds else bool(windows)
+
+
+def _check_layers(model: Any) -> None:
+    """Every layer keeps keys and values.
+
+    Raises:
+        InputError: one keeps something else.
+    """
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if other := kinds - {"full_attention", "sliding_attention", "chunked_attention"}:
+        raise InputError(
+            f"{type(model).__name__}: its layers of kind {', '.join(sorted(other))} keep no keys "
+            "and values of every token, which rollouts of several turns need; take backend vllm "
+            "for it (use_vllm=true)"
+        )
+
+
 class HFEngine:
     """Samples from the very model that is trained.
 
@@ -44,6 +67,9 @@ class HFEngine:
         batch_size: trajectories decoded at once.
         continuous: whether the batch goes on while some wait for their tools; else all wait.
         max_tool_threads: calls carried out at once.
+
+    Raises:
+        InputError: a layer of the model keeps something else than keys and values.
     """
 
     def __init__(
@@ -55,6 +81,7 @@ class HFEngine:
         continuous: bool = True,
         max_tool_threads: int = 8,
     ) -> None:
+        _check_layers(model)
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.continuous, self.max_tool_threads = continuous, max_tool_threads
         self.end_ids = end_ids(model, tokenizer)
@@ -144,12 +171,13 @@ class _Batch:
 
     def _new_row(self, number: int, prompt: Sequence[int]) -> _Row:
         draft = self.turns.begin(number, prompt)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
         return _Row(draft, generator, list(prompt)[self.shared.num_columns :])
 
     def _share(self, prompts: Sequence[Sequence[int]]) -> None:
         """Compute what all prompts begin with; each keeps a token of its own."""
-        if len(prompts) < 2:
+        # The padding after it would count in a window.
+        if len(prompts) < 2 or _has_windows(self.engine.model.config):
             return
         first, last = (
             min(prompts, key=list),

@@ -6,10 +6,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
-from fdfast.data.problems import Problem, fenced, proof_text
+from fdfast.data.problems import Problem, fenced, proof_text, spoken
 from fdfast.lean import LeanPool, Verdict
 from fdfast.lean.submission import Submission, read_submission
 from fdfast.rollout.trajectory import ToolSource, Trajectory
+
+# Of one attempt; each may take Lean as long as its limit allows.
+MAX_SUBMISSIONS = 4
 
 
 def submissions(problem: Problem, answer: str, files: Mapping[str, str]) -> list[Submission]:
@@ -25,7 +28,7 @@ def submissions(problem: Problem, answer: str, files: Mapping[str, str]) -> list
     """
     theorem = problem.theorem
     assert theorem is not None
-    found = []
+    found, answer = [], spoken(answer)
     for text in files.values():
         submission = read_submission(text, theorem.formal_statement, theorem.header)
         if submission is not None:
@@ -34,7 +37,7 @@ def submissions(problem: Problem, answer: str, files: Mapping[str, str]) -> list
         block = fenced(answer)
         whole = read_submission(block, theorem.formal_statement, theorem.header)
         found.append(whole or Submission(proof_text(answer)))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found))[:MAX_SUBMISSIONS]
 
 
 class Judge:
@@ -69,7 +72,7 @@ class Judge:
     def submit(self, number: int, trajectory: Trajectory) -> None:
         """A trajectory has ended."""
         if self.lean is not None and self.problems[number].theorem is not None:
-            files = {} if self.toolboxes is None else self.toolboxes.files(number)
+            files = {} if self.toolboxes is None else self.toolboxes.close(number)
             submitted = submissions(self.problems[number], trajectory.text, files)
             self.verdicts[number] = self.threads.submit(self._check, number, submitted)
 

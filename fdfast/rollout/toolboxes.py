@@ -1,6 +1,8 @@
 """The tools of a batch of trajectories: each has a work folder of its own, all share one Lean."""
 
 import contextlib
+import itertools
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +33,7 @@ class Toolboxes:
         self._boxes: dict[int, Toolbox] = {}
         self._stack = contextlib.ExitStack()
         self._folder: Path | None = None
+        self._names = itertools.count()
 
     @property
     def schemas(self) -> list[dict[str, Any]]:
@@ -47,20 +50,30 @@ class Toolboxes:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._boxes.clear()
+        for number in [*self._boxes]:
+            self.close(number)
         self._stack.close()
 
     def __call__(self, number: int) -> Toolbox:
-        """The tools of trajectory number n, made once."""
+        """The tools of trajectory number n, with an empty work folder."""
         assert self._folder is not None, "Toolboxes is used as a context manager"
-        if number not in self._boxes:
-            folder = self._folder / str(number)
-            folder.mkdir()
-            box = Toolbox(folder, self.lean.check_file, self.libraries, self.limits)
-            self._boxes[number] = self._stack.enter_context(box)
-        return self._boxes[number]
+        self.close(number)
+        folder = self._folder / f"{next(self._names)}"
+        folder.mkdir()
+        box = Toolbox(folder, self.lean.check_file, self.libraries, self.limits)
+        self._boxes[number] = box
+        return box
 
-    def files(self, number: int) -> dict[str, str]:
-        """The Lean files that it has written: path -> text."""
-        box = self._boxes.get(number)
-        return {} if box is None else box.files()
+    def close(self, number: int) -> dict[str, str]:
+        """Trajectory number n has ended: its folder goes.
+
+        Returns:
+            The Lean files that it has written: path -> text.
+        """
+        box = self._boxes.pop(number, None)
+        if box is None:
+            return {}
+        files = box.files()
+        box.close()
+        shutil.rmtree(box.folder, ignore_errors=True)
+        return files

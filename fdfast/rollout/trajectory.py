@@ -51,11 +51,11 @@ class ToolSource(Protocol):
     """Makes the tools of a batch: `Toolboxes`, or the like."""
 
     def __call__(self, number: int) -> Tools:
-        """Those of attempt number n."""
+        """Those of attempt number n, which begins."""
         ...
 
-    def files(self, number: int) -> Mapping[str, str]:
-        """The Lean files that it has written, path -> text: what it submits as proofs."""
+    def close(self, number: int) -> Mapping[str, str]:
+        """It has ended; the Lean files that it has written, path -> text: what it submits."""
         ...
 
 

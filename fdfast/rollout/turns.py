@@ -14,6 +14,9 @@ from fdfast.rollout.tool_calls import Call
 from fdfast.rollout.tool_turns import ToolTurns
 from fdfast.rollout.trajectory import End, SamplingOptions, ToolCall, Tools, Trajectory
 
+# A turn's calls are carried out one after the other, each within its tool's time limit.
+MAX_CALLS = 8
+
 MakeTools = Callable[[int], Tools]
 OnEnd = Callable[[int, Trajectory], None]
 WaitFor = Literal["nobody", "one", "all"]
@@ -140,12 +143,17 @@ class Turns:
                 draft.tools.schemas,
                 draft.told_ids or draft.prompt_ids,
             )
+        if len(calls) > MAX_CALLS:
+            fault = f"not carried out: a turn may have {MAX_CALLS} calls; make fewer"
+            calls = [*calls[:MAX_CALLS], Call("", "", fault)]
         if calls and not full and draft.rounds < self.options.max_tool_calling_iterations:
             draft.rounds += 1
             future = self.threads.submit(_carry_out, draft, calls)
             self.waiting[future] = (draft, time.monotonic())
             return True
-        end: End = "tool_limit" if calls and not full else "stop" if stopped else "length"
+        end: End = (
+            "length" if full and (calls or not stopped) else "tool_limit" if calls else "stop"
+        )
         self._finish(draft, end)
         return False
 

@@ -248,8 +248,9 @@ class _Steps:
         ids = {"prompt_token_ids": [*draft.prompt_ids, *draft.ids]}
         [prompt] = self.engine.renderer.render_cmpl([ids])
         wanted = SamplingParams(**params, output_kind=RequestOutputKind.FINAL_ONLY)
-        self.engine.add_request(name, prompt, wanted)
-        self.drafts[name] = draft
+        with uninterrupted():  # a request that nobody knows of would stay behind
+            self.engine.add_request(name, prompt, wanted)
+            self.drafts[name] = draft
 
     def num_running(self) -> int:
         """See `Sampler`."""

@@ -156,10 +156,12 @@ def check_settings(config: TrainConfig, checkpoint: Path) -> None:
     except (OSError, ValueError) as error:
         raise InputError(f"{checkpoint}/config.json: can't be read ({error})") from error
     now = json.loads(json.dumps(dataclasses.asdict(config)))
+    # A setting that is newer than the checkpoint had its default then.
+    before = json.loads(json.dumps(dataclasses.asdict(TrainConfig()))) | saved
     differ = [
-        f"{key} {saved.get(key)!r} -> {value!r}"
+        f"{key} {before[key]!r} -> {value!r}"
         for key, value in now.items()
-        if key not in MAY_CHANGE and value != saved.get(key)
+        if key not in MAY_CHANGE and value != before[key]
     ]
     if differ:
         raise InputError(

@@ -17,7 +17,7 @@ from fdfast.trainer.config import TrainConfig
 from fdfast.trainer.engines import make_engine
 from fdfast.trainer.feedback import check_key, make_provider
 from fdfast.trainer.metrics import Clock
-from fdfast.trainer.rollouts import Rollouts, lean_pool, read_split, schemas
+from fdfast.trainer.rollouts import Rollouts, check_problems, lean_pool, read_split, schemas
 from fdfast.trainer.scoring import token_logprobs
 from fdfast.trainer.screen import Screen
 
@@ -74,12 +74,12 @@ def collect(
         screen.say(f"loading {config.model_name_or_path}")
         model, tokenizer = load_model(config.model_name_or_path, dtype=config.dtype)
         prompts = Prompts(tokenizer, config, schemas(config))
-        for problem in problems:
-            prompts.student(problem)  # one that is too long is an error now
+        check_problems(problems, prompts, lean)
         provider = make_provider(config, model, tokenizer) if feedback else None
         engine = stack.enter_context(closing(make_engine(config, model, tokenizer)))
-        # The engine has these weights; a server has its own.
-        rollouts = Rollouts(config, engine, lean, prompts, provider, synced_step=0)
+        # An engine in this process has these weights; a server may have any.
+        there = 0 if config.vllm_mode == "colocate" else None
+        rollouts = Rollouts(config, engine, lean, prompts, provider, there, may_fail=True)
         _collect(rollouts, Student(model), problems, tokenizer, writer, screen)
 
 

@@ -324,6 +324,17 @@ class TrainConfig:
             raise InputError("config: output_dir must name a folder; got ''")
         check_feedback(self)
         self._check_policy()
+        if not self.use_vllm and (self.vllm_server_base_url or self.vllm_mode == "server"):
+            raise InputError(
+                "config: vllm_mode and vllm_server_base_url want use_vllm=true; set it, or drop "
+                "them"
+            )
+        length = self.max_prompt_length + self.max_completion_length
+        if self.use_vllm and 0 < self.vllm_max_model_length < length and not self.tools:
+            raise InputError(
+                f"config: vllm_max_model_length must be at least max_prompt_length + "
+                f"max_completion_length = {length}; got {self.vllm_max_model_length}"
+            )
         if self.use_vllm and (self.vllm_mode == "server") != bool(self.vllm_server_base_url):
             raise InputError(
                 "config: vllm_server_base_url names the server of vllm_mode 'server', and of no "

@@ -39,7 +39,7 @@ from fdfast.trainer.guards import Alarm, alarms, num_skipped, rate_factor
 from fdfast.trainer.master import MasterWeights
 from fdfast.trainer.metrics import Clock, MetricsLog, read_jsonl, records, step_line, summary
 from fdfast.trainer.provenance import write_provenance
-from fdfast.trainer.rollouts import Rollouts, lean_pool, read_split, schemas, told
+from fdfast.trainer.rollouts import Rollouts, check_problems, lean_pool, read_split, schemas, told
 from fdfast.trainer.scoring import Scorer
 from fdfast.trainer.screen import Screen
 from fdfast.trainer.stages import Place, place, total_steps
@@ -78,8 +78,7 @@ def train(
         screen.say(f"{folder}: loading {newest or config.model_name_or_path}")
         state = _initial_state(config, newest)
         prompts = Prompts(state.tokenizer, config, schemas(config))
-        for problem in [*problems, *held_out]:
-            prompts.student(problem)  # one that is too long is an error now, not hours later
+        check_problems([*problems, *held_out], prompts, lean)
         _open_folder(folder, newest)
         write_provenance(config, folder, step=state.step)
         provider = make_provider(config, state.teacher.model, state.tokenizer)

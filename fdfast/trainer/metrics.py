@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,9 +32,7 @@ class MetricsLog:
     def __init__(self, folder: Path, *, step: int) -> None:
         self.metrics, self.attempts = folder / "metrics.jsonl", folder / "attempts.jsonl"
         for path in (self.metrics, self.attempts):
-            rows = [row for row in read_jsonl(path) if row["step"] <= step]
-            with atomic_file(path) as temporary:
-                temporary.write_text("".join(_line(row) for row in rows), encoding="utf-8")
+            _cut_back(path, step)
         kept = read_jsonl(self.metrics)
         self.evaluated = {r["step"] for r in kept if "eval_loss" in r}
         self.history = [_watched(r) for r in kept if "eval_loss" not in r]
@@ -56,6 +55,34 @@ class MetricsLog:
         for path, rows in ((self.metrics, [metrics]), (self.attempts, attempts)):
             with path.open("a", encoding="utf-8") as file:
                 file.write("".join(_line(row) for row in rows))
+
+
+# How a line begins that `rollout.records` wrote: the step without the long lists behind it.
+_BEGINNING = re.compile(rb'\{"format": \d+, "problem": "(?:[^"\\]|\\.)*", "step": (\d+),')
+
+
+def _cut_back(path: Path, step: int) -> None:
+    """Drop the lines beyond a step, and a last one that a crash tore; one line in memory at once.
+
+    Raises:
+        InputError: a line in the middle is torn.
+    """
+    with atomic_file(path) as temporary, temporary.open("wb") as kept:
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.endswith(b"\n") and _step_of(line, f"{path}:{number}") <= step:
+                    kept.write(line)
+
+
+def _step_of(line: bytes, place: str) -> int:
+    if (found := _BEGINNING.match(line)) is not None:
+        return int(found[1])
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{place}: is not JSON ({error}); remove the line") from error
 
 
 # What alarms look at.

@@ -13,6 +13,7 @@ from fdfast.data.problems import Problem, questions_path, read_problems
 from fdfast.errors import InputError, MachineError
 from fdfast.feedback import FeedbackItem, FeedbackProvider
 from fdfast.lean import LeanPool
+from fdfast.lean.statement import complete_header
 from fdfast.lean.tools import Limits, tool_schemas
 from fdfast.losses import group_advantages
 from fdfast.rollout import Engine, SamplingOptions, Toolboxes, Trajectory, generate
@@ -44,6 +45,7 @@ class Rollouts:
         prompts: of student and teacher.
         provider: of feedback; None gives none, and teacher's prompts are the student's.
         synced_step: the step whose weights the engine has.
+        may_fail: whether feedback may fail for all attempts of a step.
     """
 
     config: TrainConfig
@@ -52,6 +54,7 @@ class Rollouts:
     prompts: Prompts
     provider: FeedbackProvider | None
     synced_step: int | None = None
+    may_fail: bool = False
 
     def attempts(
         self,
@@ -133,7 +136,7 @@ class Rollouts:
         counters = provider.counters
         before = None if counters is None else dataclasses.replace(counters)
         texts = provider.feedback_many([_item(a, self._tool_names()) for a in plain])
-        if all(text is None for text in texts):
+        if all(text is None for text in texts) and not self.may_fail:
             raise MachineError(
                 f"step {step}: feedback {self.config.feedback!r} failed for all {len(texts)} "
                 f"attempts; the latest: {provider.last_failure}; mend that, or let another "
@@ -160,6 +163,18 @@ class Rollouts:
 def told(attempts: Sequence[Attempt]) -> list[Attempt]:
     """Those that are trained on: their feedback did not fail."""
     return [a for a in attempts if a.feedback is not None]
+
+
+def check_problems(problems: Sequence[Problem], prompts: Prompts, lean: LeanPool | None) -> None:
+    """What is wrong with a problem is an error now, not hours later.
+
+    Raises:
+        InputError: a prompt is too long, or a header imports what this Lean has not.
+    """
+    for problem in problems:
+        prompts.student(problem)
+        if lean is not None and problem.theorem is not None:
+            complete_header(lean.toolchain, problem.theorem.header)
 
 
 def sampling_options(config: TrainConfig) -> SamplingOptions:
