@@ -19,6 +19,7 @@ SETTINGS = {
     "feedback": "constant",
     "feedback_text": "Be concise: answer in one short sentence.",
     "prompts_per_step": 4,
+    "max_prompt_length": 400,
     "max_completion_length": 12,
     "use_vllm": True,
     "vllm_max_model_length": 512,
