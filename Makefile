@@ -24,6 +24,7 @@ help:
 	@echo "make fuzz       a minute of libFuzzer on its framing and JSON (needs clang)"
 	@echo "make bench      policy_head against Liger-Kernel, TRL, plain PyTorch and the GEMMs; the REPL pool"
 	@echo "                against LeanInteract, lean-repl-py and a bare loop (alone: BENCH='--only replio')"
+	@echo "                a training step against TRL's trainers (alone: BENCH='--only trainer')"
 	@echo "make gpu        the kernels' tests on a CUDA GPU, then the same benchmark there"
 	@echo "make lint       ruff and mypy alone"
 	@echo "make venv       .venv with all that tests and demo need; the others make it themselves"

@@ -25,6 +25,8 @@ from benchmarks import (
     replio_report,
     rollout_cases,
     rollout_report,
+    trainer_cases,
+    trainer_report,
 )
 from benchmarks.cases import DEVICES
 from benchmarks.data import make_inputs
@@ -199,6 +201,16 @@ SUITES = {
         targets=rollout_cases.TARGETS,
         headings=rollout_report.COLUMNS,
         results_path=rollout_report.results_path,
+    ),
+    "trainer": Suite(
+        file="benchmarks/bench_trainer.py",
+        devices=("cpu",),
+        check_machine=lambda device: None,
+        tests={"cpu": "tests/test_benchmarks_trainer.py"},
+        summarize=trainer_report.summarize,
+        targets=trainer_cases.TARGETS,
+        headings=trainer_report.COLUMNS,
+        results_path=trainer_report.results_path,
     ),
     "replio": Suite(
         file="benchmarks/bench_replio.py",

@@ -58,6 +58,19 @@ SHOWN_OF_PREFIXES = {
     "token_limit": "limit in tokens x",
     "flop_limit": "limit in FLOPs x",
 }
+SHOWN_OF_STEPS = {
+    "turns": "turns",
+    "wall_s": "wall s",
+    "cpu_s": "CPU s",
+    "student_s": "student s",
+    "teacher_s": "teacher s",
+    "loss_s": "head and loss s",
+    "backward_s": "backward s",
+    "optimizer_s": "optimizer s",
+    "other_s": "other s",
+    "peak_mib": "peak MiB of the step",
+    "rss_mib": "peak MiB of the process",
+}
 SHOWN = {
     "turns": "turns",
     "wall_s": "wall s",
@@ -173,6 +186,8 @@ def bench(rows: list[dict[str, str]]) -> str:
     shown = SHOWN if computed else SHOWN_OF_REPLIO
     if "tokens_per_s" in first:
         shown = SHOWN_OF_ROLLOUTS
+    if "backward_s" in first:
+        shown = SHOWN_OF_STEPS
     parts = []
     untimed = [r for r in rows if computed and not r["wall_s"] and r["note"][:6] != "cannot"]
     for case in dict.fromkeys(row["case"] for row in rows if row not in untimed):
@@ -195,7 +210,7 @@ def bench(rows: list[dict[str, str]]) -> str:
         said = "Targets, wall and CPU time both" if computed else "Targets"
         parts.append(f"{said}:\n\n{targets}")
     where = f"{first['machine']}, {first['versions']}"
-    if computed:
+    if "threads" in first:
         where = f"{first['machine']}, {first['threads']} thread(s), {first['versions']}"
     if first.get("driver"):
         where += f", driver {first['driver']}"

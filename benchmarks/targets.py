@@ -62,6 +62,8 @@ TARGETS = (
 FIELDS = {
     "time": ("wall_s", "cpu_s"),
     "memory": ("peak_mib",),
+    # Of the process, with the models and the optimizer's state.
+    "whole memory": ("rss_mib",),
     "error": ("dhidden_error", "dweight_error"),
     # Of a driver of REPLs: its workers run beside it, so wall time says little of it.
     "cpu": ("cpu_s",),
