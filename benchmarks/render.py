@@ -3,7 +3,7 @@
 import platform
 import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,29 @@ def _row(seen: Sequence[dict[str, Any]]) -> Row:
     for name in ("dhidden_error", "dweight_error"):
         if name in first:
             row[name] = f"{first[name]:.1e}"
+    return row
+
+
+def median_row(
+    seen: Sequence[Mapping[str, Any]],
+    columns: Iterable[str],
+    own: Sequence[str],
+    measured: Sequence[str],
+) -> Row:
+    """A row of medians over the turns of one contender; "" where there is no number.
+
+    Args:
+        seen: the turns.
+        columns: of the row.
+        own: those that are the same in every turn.
+        measured: those with numbers.
+    """
+    row: Row = dict.fromkeys(columns, "")
+    row |= {name: seen[0][name] for name in own}
+    row["turns"] = sum("wall_s" in turn for turn in seen) or ""
+    for name in measured:
+        if numbers := [turn[name] for turn in seen if name in turn]:
+            row[name] = number(statistics.median(numbers))
     return row
 
 

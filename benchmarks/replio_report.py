@@ -1,6 +1,5 @@
 """The rows of the REPL benchmark: medians over the turns of each contender."""
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ COLUMNS = {
     "targets": "",
     "note": "",
 }
+OWN = ("case", "shape", "contender", "workers", "note")
 MEASURED = ("per_s", "wall_s", "cpu_s", "p50_us", "p99_us", "grown_mib")
 
 
@@ -38,18 +38,7 @@ def summarize(benchmarks: Sequence[dict[str, Any]], device: str) -> list[Row]:
             turns.setdefault((info["case"], info["contender"]), []).append(info)
     versions = ", ".join(f"{name} {number}" for name, number in replio_peers.versions().items())
     about = {"commit": render.git_commit(), "machine": render.machine(device), "versions": versions}
-    return [_row(seen) | about for seen in turns.values()]
-
-
-def _row(seen: Sequence[dict[str, Any]]) -> Row:
-    row: Row = dict.fromkeys(COLUMNS, "")
-    row |= {c: seen[0][c] for c in ("case", "shape", "contender", "workers", "note")}
-    row["turns"] = sum("wall_s" in turn for turn in seen) or ""
-    for name in MEASURED:
-        numbers = [turn[name] for turn in seen if name in turn]
-        if numbers:
-            row[name] = render.number(statistics.median(numbers))
-    return row
+    return [render.median_row(seen, COLUMNS, OWN, MEASURED) | about for seen in turns.values()]
 
 
 def results_path(device: str) -> Path:

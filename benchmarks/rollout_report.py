@@ -1,6 +1,5 @@
 """The rows of the rollout benchmark: medians over the turns of each contender."""
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ COLUMNS = {
     "targets": "",
     "note": "",
 }
+OWN = ("case", "shape", "contender", "note")
 MEASURED = ("tokens_per_s", "verdicts_per_s", "wall_s", "cpu_s", "idle_share")
 
 
@@ -35,18 +35,10 @@ def summarize(benchmarks: Sequence[dict[str, Any]], device: str) -> list[Row]:
     for info in (b["extra_info"] for b in benchmarks):
         turns.setdefault((info["case"], info["contender"]), []).append(info)
     about = {"commit": render.git_commit(), "machine": render.machine(device)}
-    return [_row(seen) | about | {"versions": versions()} for seen in turns.values()]
-
-
-def _row(seen: Sequence[dict[str, Any]]) -> Row:
-    row: Row = dict.fromkeys(COLUMNS, "")
-    row |= {c: seen[0][c] for c in ("case", "shape", "contender", "note")}
-    row["turns"] = sum("wall_s" in turn for turn in seen) or ""
-    for name in MEASURED:
-        numbers = [turn[name] for turn in seen if name in turn]
-        if numbers:
-            row[name] = render.number(statistics.median(numbers))
-    return row
+    return [
+        render.median_row(seen, COLUMNS, OWN, MEASURED) | about | {"versions": versions()}
+        for seen in turns.values()
+    ]
 
 
 def results_path(device: str) -> Path:

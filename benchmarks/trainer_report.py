@@ -46,13 +46,8 @@ def summarize(benchmarks: Sequence[dict[str, Any]], device: str) -> list[Row]:
 
 
 def _row(seen: Sequence[dict[str, Any]]) -> Row:
-    row: Row = dict.fromkeys(COLUMNS, "")
-    row |= {c: seen[0][c] for c in ("case", "shape", "contender", "note")}
+    row = render.median_row(seen, COLUMNS, ("case", "shape", "contender", "note"), MEASURED)
     row["threads"] = seen[0].get("threads", "")
-    row["turns"] = sum("wall_s" in turn for turn in seen) or ""
-    for name in MEASURED:
-        if numbers := [turn[name] for turn in seen if name in turn]:
-            row[name] = render.number(statistics.median(numbers))
     for name in ("peak_mib", "rss_mib"):
         if numbers := [turn[name] for turn in seen if name in turn]:
             row[name] = round(statistics.median(numbers))
