@@ -454,7 +454,7 @@ def test_the_answer_is_the_last_turns_tokens_without_special_ones(tmp_path, monk
     engine = HFEngine(model, tokenizer)
     turns = ['∀ 😀 <tool_call>{"name": "echo"}</tool_call>', "so: 😀 ⊢ é"]
     script(monkeypatch, tokenizer, engine.end_ids[0], lambda _number: turns)
-    answers = SimpleNamespace(call=lambda *_: ToolResult("heard 😀", 0.0, ok=True))
+    answers = SimpleNamespace(schemas=[], call=lambda *_: ToolResult("heard 😀", 0.0, ok=True))
     options = SamplingOptions(max_completion_length=200)
     [made] = engine.generate([[5, 6]], options, seed=0, tools=lambda _number: answers)
     row = make_record(Problem("p", "?"), made, tokenizer)

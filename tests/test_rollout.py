@@ -239,6 +239,14 @@ def test_a_turn_of_one_token_may_call_a_tool(engine, scripted, monkeypatch):
             torch.testing.assert_close(torch.tensor(trajectory.logprobs), right, rtol=0, atol=1e-4)
 
 
+def test_calls_for_which_no_token_is_left_are_no_end_of_their_own(engine, scripted):
+    scripted(lambda number: [CALL])
+    count = len(engine.tokenizer(CALL).input_ids) + 1
+    options = SamplingOptions(max_completion_length=count)
+    [seen] = engine.generate([[5]], options, seed=0, tools=lambda _number: Echo())
+    assert (seen.end, seen.truncated, seen.tool_calls) == ("length", True, [])
+
+
 def test_a_turn_of_very_many_calls_is_cut(engine, scripted):
     scripted(lambda number: [CALL * 30, "end"])
     options = SamplingOptions(max_completion_length=4000)

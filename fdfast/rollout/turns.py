@@ -151,9 +151,9 @@ class Turns:
             future = self.threads.submit(_carry_out, draft, calls)
             self.waiting[future] = (draft, time.monotonic())
             return True
-        end: End = (
-            "length" if full and (calls or not stopped) else "tool_limit" if calls else "stop"
-        )
+        end: End = "stop" if stopped else "length"
+        if calls:  # nobody carries them out
+            end = "length" if full else "tool_limit"
         self._finish(draft, end)
         return False
 
