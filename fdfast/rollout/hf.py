@@ -18,22 +18,10 @@ from fdfast.errors import InputError
 from fdfast.rollout.kv_cache import KVCache, forward
 from fdfast.rollout.sampling import sample
 from fdfast.rollout.trajectory import SamplingOptions, Trajectory
-from fdfast.rollout.turns import Draft, MakeTools, OnEnd, Turns, WaitFor
+from fdfast.rollout.turns import Draft, MakeTools, OnEnd, Turns, WaitFor, end_ids
 
 # A shorter beginning is not worth a pass of its own.
 MIN_SHARED = 8
-
-
-def end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end a turn: the model's own and the tokenizer's."""
-    return end_ids_of(model.generation_config, tokenizer)
-
-
-def end_ids_of(generation_config: Any, tokenizer: Any) -> list[int]:
-    """Likewise, where there is no model but its generation config."""
-    ends = generation_config.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    return sorted({*ends, tokenizer.eos_token_id} - {None})
 
 
 def _has_windows(config: Any) -> bool:
@@ -84,7 +72,7 @@ class HFEngine:
         _check_layers(model)
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.continuous, self.max_tool_threads = continuous, max_tool_threads
-        self.end_ids = end_ids(model, tokenizer)
+        self.end_ids = end_ids(model.generation_config, tokenizer)
         self.idle_s = 0.0
 
     @torch.no_grad()
@@ -179,10 +167,8 @@ class _Batch:
         # The padding after it would count in a window.
         if len(prompts) < 2 or _has_windows(self.engine.model.config):
             return
-        first, last = (
-            min(prompts, key=list),
-            max(prompts, key=list),
-        )  # whatever these two share, all do
+        # Whatever these two share, all do.
+        first, last = min(prompts, key=list), max(prompts, key=list)
         most = min(map(len, prompts)) - 1
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
         prefix = [token for token, _ in itertools.islice(same, most)]

@@ -22,6 +22,13 @@ OnEnd = Callable[[int, Trajectory], None]
 WaitFor = Literal["nobody", "one", "all"]
 
 
+def end_ids(generation_config: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a turn: the model's own and the tokenizer's."""
+    ends = generation_config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    return sorted({*ends, tokenizer.eos_token_id} - {None})
+
+
 @dataclass
 class Draft:
     """A trajectory in the making.

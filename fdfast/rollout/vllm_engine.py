@@ -20,9 +20,8 @@ import torch
 from fdfast.errors import InputError, MachineError
 from fdfast.interrupts import uninterrupted
 from fdfast.models import import_transformers
-from fdfast.rollout.hf import end_ids_of
 from fdfast.rollout.trajectory import SamplingOptions, Trajectory
-from fdfast.rollout.turns import Draft, MakeTools, OnEnd, Turns
+from fdfast.rollout.turns import Draft, MakeTools, OnEnd, Turns, end_ids
 from fdfast.rollout.vllm_turns import Sampled, check_logprobs_mode, check_prompts, run_turns
 from fdfast.rollout.vllm_worker import EXTENSION
 from fdfast.rollout.weights import checkpoint_weights, save_weights
@@ -357,7 +356,7 @@ def _tokenizer_and_ends(path: str, tokenizer: Any) -> tuple[Any, list[int]]:
         generation_config = transformers.GenerationConfig.from_pretrained(path)
     except OSError:  # it has none: then its config says it
         generation_config = transformers.GenerationConfig.from_model_config(config)
-    return tokenizer, end_ids_of(generation_config, tokenizer)
+    return tokenizer, end_ids(generation_config, tokenizer)
 
 
 @contextlib.contextmanager

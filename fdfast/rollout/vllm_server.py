@@ -54,7 +54,7 @@ class VLLMServerEngine:
     Args:
         base_url: http://HOST:PORT.
         tokenizer: of the model.
-        end_ids: tokens that end a turn, see `fdfast.rollout.hf.end_ids`; None: the tokenizer's.
+        end_ids: tokens that end a turn, see `fdfast.rollout.turns.end_ids`; None: the tokenizer's.
         api_key_env: the environment variable that holds the key; "" sends none.
         max_concurrency: turns at the server at once; those that wait for tools do not count.
         max_retries: how often a turn is asked for again.

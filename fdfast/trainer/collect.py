@@ -17,7 +17,14 @@ from fdfast.trainer.config import TrainConfig
 from fdfast.trainer.engines import make_engine
 from fdfast.trainer.feedback import check_key, make_provider
 from fdfast.trainer.metrics import Clock
-from fdfast.trainer.rollouts import Rollouts, check_problems, lean_pool, read_split, schemas
+from fdfast.trainer.rollouts import (
+    Rollouts,
+    check_problems,
+    lean_pool,
+    read_split,
+    schemas,
+    step_seed,
+)
 from fdfast.trainer.scoring import token_logprobs
 from fdfast.trainer.screen import Screen
 
@@ -100,7 +107,7 @@ def _collect(
     config, size = rollouts.config, rollouts.config.prompts_per_step
     for start in range(0, len(problems), size):
         clock, begun = Clock(), time.perf_counter()
-        seed = config.seed * 1_000_003 + start // size
+        seed = step_seed(config, start // size)
         chosen = problems[start : start + size]
         attempts, _ = rollouts.attempts(chosen, config.num_generations, seed, student, clock)
         tokens = sum(a.completion.num_sampled for a in attempts)

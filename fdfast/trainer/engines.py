@@ -24,13 +24,13 @@ def make_engine(config: TrainConfig, model: Any, tokenizer: Any) -> Engine:
     if not config.use_vllm:
         return HFEngine(model, tokenizer, batch_size=config.generation_batch_size)
     if config.vllm_mode == "server":
-        from fdfast.rollout.hf import end_ids_of
+        from fdfast.rollout.turns import end_ids
         from fdfast.rollout.vllm_server import VLLMServerEngine
 
         return VLLMServerEngine(
             config.vllm_server_base_url,
             tokenizer,
-            end_ids=end_ids_of(model.generation_config, tokenizer),
+            end_ids=end_ids(model.generation_config, tokenizer),
             max_concurrency=config.generation_batch_size,
             weights_dir=Path(config.vllm_weights_dir) if config.vllm_weights_dir else None,
             may_sleep=config.vllm_enable_sleep_mode,

@@ -39,7 +39,15 @@ from fdfast.trainer.guards import Alarm, alarms, num_skipped, rate_factor
 from fdfast.trainer.master import MasterWeights
 from fdfast.trainer.metrics import Clock, MetricsLog, read_jsonl, records, step_line, summary
 from fdfast.trainer.provenance import write_provenance
-from fdfast.trainer.rollouts import Rollouts, check_problems, lean_pool, read_split, schemas, told
+from fdfast.trainer.rollouts import (
+    Rollouts,
+    check_problems,
+    lean_pool,
+    read_split,
+    schemas,
+    step_seed,
+    told,
+)
 from fdfast.trainer.scoring import Scorer
 from fdfast.trainer.screen import Screen
 from fdfast.trainer.stages import Place, place, total_steps
@@ -152,7 +160,7 @@ def _train(run: _Run) -> None:
         at = now
         clock = Clock()
         chosen = _choose(run.problems, at)
-        seed = _seed(config, state.step)
+        seed = step_seed(config, state.step)
         count, feedback = at.config.num_generations, at.config.distillation_weight > 0
         attempts, counts = run.rollouts.attempts(
             chosen, count, seed, state, clock, feedback=feedback
@@ -205,7 +213,7 @@ def _evaluation_due(run: _Run) -> bool:
 
 def _evaluate(run: _Run, scorer: Scorer) -> None:
     """The same without an update, on held-out problems, with the same seed every time."""
-    num_generations, seed = run.config.num_generations_eval, _seed(run.config, -1)
+    num_generations, seed = run.config.num_generations_eval, step_seed(run.config, -1)
     attempts, counts = run.rollouts.attempts(
         run.held_out,
         num_generations,
@@ -336,11 +344,6 @@ def _loss(config: TrainConfig, head: HeadWeights) -> FeedbackDistillationLoss | 
     )
 
 
-def _seed(config: TrainConfig, step: int) -> int:
-    """All randomness of a step follows from this, so a resumed run needs no random state."""
-    return config.seed * 1_000_003 + step
-
-
 def _choose(problems: Sequence[Problem], at: Place) -> list[Problem]:
     """The step's problems: every epoch is a shuffle of its own, so the step number alone is the
     data cursor.
@@ -360,7 +363,7 @@ def _order(seed: int, epoch: int, count: int) -> list[int]:
 
 def _gradients(run: _Run, scorer: Scorer, attempts: list[Attempt]) -> dict[str, float]:
     """The step's gradient, from zero, and what was seen on the way."""
-    torch.manual_seed(_seed(run.config, run.state.step))  # of dropout, where a model has it
+    torch.manual_seed(step_seed(run.config, run.state.step))  # of dropout, where a model has it
     run.state.model.train()
     run.state.optimizer.zero_grad(set_to_none=True)
     return scorer.score(told(attempts), backward=True)

@@ -177,6 +177,11 @@ def check_problems(problems: Sequence[Problem], prompts: Prompts, lean: LeanPool
             complete_header(lean.toolchain, problem.theorem.header)
 
 
+def step_seed(config: TrainConfig, step: int) -> int:
+    """All randomness of a step follows from this, so a resumed run needs no random state."""
+    return config.seed * 1_000_003 + step
+
+
 def sampling_options(config: TrainConfig) -> SamplingOptions:
     """How the settings sample."""
     return SamplingOptions(
