@@ -1,0 +1,151 @@
+"""A model whose weights lie on several ranks: FSDP2, a group of weights for each decoder layer and
+one for the rest (embedding, last norm, head).
+
+The trainer calls the decoder and reads the head's weight beside it, both outside of the model's own
+forward, on which FSDP's hooks hang. So what needs the weights runs `inside` the model: the rest is
+gathered before it, each layer gathers itself on the way, and gradients go back to their shards as
+sums over the ranks, not means.
+"""
+
+import contextlib
+import copy
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from fdfast.models import hidden_states, lm_head
+from fdfast.packing import PrefixTree
+
+T = TypeVar("T")
+
+
+def shard(model: Any, device: torch.device) -> None:
+    """Cut the weights of a causal LM over all ranks, along their first dimension; in place.
+
+    A collective. Each rank holds the same weights before.
+
+    Args:
+        model: of transformers, peft's wrapper included.
+        device: of this rank; the model is moved there.
+    """
+    model.to(device)
+    mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    # Gradients of narrow weights are added up in float32.
+    options: Any = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
+    base = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    for layer in base.layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # A sum: what ranks add up is one loss. gloo has no scaled sum, so none is asked for.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    model.run_inside = types.MethodType(lambda _, function: function(), model)
+    register_fsdp_forward_method(model, "run_inside")
+
+
+def inside(model: Any, function: Callable[[], T]) -> T:
+    """What `function` returns, run where the model's weights can be read; of a whole model they
+    always can. A collective: every rank runs as many layers in the same order.
+
+    Args:
+        model: sharded or whole.
+        function: its result is differentiable, as if the weights were whole.
+    """
+    if isinstance(model, FSDPModule):
+        result: T = model.run_inside(function)  # type: ignore[operator]
+        return result
+    return function()
+
+
+def release(*models: Any) -> None:
+    """Give back what `inside` left gathered: weights will change, or memory is wanted."""
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+@contextlib.contextmanager
+def gathered(model: Any, *others: Any) -> Iterator[None]:
+    """Hold whole weights and, of `model`, whole gradients on each rank until the end, so that ranks
+    may run different numbers of passes within. A collective at its beginning and at its end.
+
+    Args:
+        model: sharded; its gradients are reduced at the end.
+        others: sharded; they have none.
+    """
+    modules = [m for each in (model, *others) for m in each.modules() if isinstance(m, FSDPModule)]
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.set_reshard_after_backward(False, recurse=False)
+        module.set_requires_gradient_sync(False, recurse=False)
+    inside(model, lambda: None)  # the first to run is the root
+    for other in others:
+        inside(other, lambda: None)
+    for module in modules:
+        module.unshard()
+    yield
+    for module in modules:
+        module.set_reshard_after_forward(True, recurse=False)
+        module.set_reshard_after_backward(True, recurse=False)
+        module.set_requires_gradient_sync(True, recurse=False)
+    if torch.is_grad_enabled():
+        empty_pass(model).backward()  # type: ignore[no-untyped-call]
+    release(model, *others)
+
+
+def empty_pass(model: Any) -> Tensor:
+    """A loss of 0 that depends on every trained weight: the part of a rank that has no pack left
+    in a pass of the others.
+    """
+    device = next(model.parameters()).device
+    tree = PrefixTree.from_sequences([[0]], [[False]]).to(device)
+
+    def loss() -> Tensor:
+        head = lm_head(model)
+        parts = [hidden_states(model, tree).sum(), 0.0 * head.weight[:1].sum()]
+        if head.bias is not None:
+            parts.append(0.0 * head.bias[:1].sum())
+        return torch.stack([part.float() for part in parts]).sum()
+
+    return inside(model, loss)
+
+
+class WholeCopy:
+    """The student with whole weights, for what samples from it; it follows after each update.
+
+    Args:
+        model: before it is sharded.
+        device: where the copy lies.
+    """
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.model = copy.deepcopy(model).to(device).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def follow(self, sharded: Any) -> None:
+        """Take over the weights, one after the other. A collective.
+
+        Args:
+            sharded: the student.
+        """
+        release(sharded)
+        for own, theirs in zip(self.model.parameters(), sharded.parameters(), strict=True):
+            own.copy_(whole(theirs))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor of which this rank has a shard. A collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
