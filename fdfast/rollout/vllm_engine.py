@@ -126,6 +126,7 @@ class VLLMEngine:
         options: SamplingOptions,
         *,
         seed: int,
+        first: int = 0,
         tools: MakeTools | None = None,
         on_end: OnEnd | None = None,
     ) -> list[Trajectory]:
@@ -159,6 +160,7 @@ class VLLMEngine:
                 prompts,
                 sampler,
                 seed=seed,
+                first=first,
                 max_running=self.max_num_seqs,
                 max_model_len=self.max_model_len,
             )
