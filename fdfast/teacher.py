@@ -1,7 +1,7 @@
 """The teacher: a copy of the student that follows it slowly, or not at all."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,9 +20,17 @@ class EMATeacher:
         student: the model that is trained; the teacher begins as its copy.
         alpha: in [0, 1]; the paper takes 0.9.
         every: optimizer steps between updates; the paper takes 5.
+        prepare: changes the copy in place before its masters are made: cuts it over ranks, say.
     """
 
-    def __init__(self, student: torch.nn.Module, *, alpha: float = 0.9, every: int = 5) -> None:
+    def __init__(
+        self,
+        student: torch.nn.Module,
+        *,
+        alpha: float = 0.9,
+        every: int = 5,
+        prepare: Callable[[Any], None] | None = None,
+    ) -> None:
         if not 0 <= alpha <= 1 or every < 1:
             raise InputError(
                 f"EMATeacher: alpha must lie in [0, 1] and every be at least 1; got {alpha}, "
@@ -30,6 +38,8 @@ class EMATeacher:
             )
         self.alpha, self.every = alpha, every
         self.model: Any = copy.deepcopy(student).eval().requires_grad_(False)
+        if prepare is not None:
+            prepare(self.model)
         # A float32 parameter is its own master; narrower ones have one beside them.
         self.master: dict[str, Tensor] = {}
         if not self.frozen:

@@ -230,7 +230,7 @@ def test_an_error_loses_no_finished_step(tiny, tmp_path, monkeypatch):
 
 
 def test_a_final_save_that_fails_loses_nothing(tiny, tmp_path, monkeypatch):
-    def interrupted(state, folder):
+    def interrupted(state, folder, ranks):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "save_final_model", interrupted)

@@ -22,6 +22,15 @@ from fdfast.models import free_bytes, save_model
 from fdfast.teacher import EMATeacher
 from fdfast.trainer.config import TrainConfig
 from fdfast.trainer.master import MasterWeights
+from fdfast.trainer.ranks import Ranks
+from fdfast.trainer.sharded_checkpoint import (
+    SHARDS,
+    cut_like,
+    load_sharded,
+    save_sharded,
+    sharded_tensors,
+)
+from fdfast.trainer.sharding import WholeCopy
 
 NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -39,6 +48,7 @@ class TrainState:
         step: finished optimizer steps; data and sampling follow from it.
         num_tokens: tokens trained on so far.
         changing: whether a change of the above is under way, so that it can't be saved.
+        sampled: a copy with whole weights of a student that is sharded.
     """
 
     model: Any
@@ -49,6 +59,14 @@ class TrainState:
     step: int = 0
     num_tokens: int = 0
     changing: bool = False
+    sampled: WholeCopy | None = None
+
+    def whole_model(self) -> Any:
+        """The student, or its copy brought up to date; then a collective."""
+        if self.sampled is None:
+            return self.model
+        self.sampled.follow(self.model)
+        return self.sampled.model
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -57,15 +75,30 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
-def save_checkpoint(state: TrainState, config: TrainConfig, folder: Path) -> Path:
-    """Write `folder/checkpoint-<step>` and drop the oldest over config.save_total_limit.
+def save_checkpoint(
+    state: TrainState, config: TrainConfig, folder: Path, ranks: Ranks | None = None
+) -> Path:
+    """Write `folder/checkpoint-<step>` and drop the oldest over config.save_total_limit. Of
+    several ranks each writes its shards, the main one the rest.
 
     Raises:
         MachineError: the disk is too full; checkpoints that were there stay.
     """
+    ranks = ranks or Ranks()
     path = folder / f"checkpoint-{state.step}"
-    if path.is_dir():
+    if ranks.from_main(path.is_dir()):
         return path
+    if ranks.size > 1:
+        _save_shards(state, config, path, ranks)
+    else:
+        _save_whole(state, config, path)
+    if config.save_total_limit and ranks.main:
+        for old in checkpoints(folder)[: -config.save_total_limit]:
+            shutil.rmtree(old)
+    return path
+
+
+def _save_whole(state: TrainState, config: TrainConfig, path: Path) -> None:
     saved = {
         "step": state.step,
         "num_tokens": state.num_tokens,
@@ -81,21 +114,38 @@ def save_checkpoint(state: TrainState, config: TrainConfig, folder: Path) -> Pat
         torch.save(saved, temporary / "state.pt")
         text = json.dumps(dataclasses.asdict(config), indent=2)
         (temporary / "config.json").write_text(text, encoding="utf-8")
-    if config.save_total_limit:
-        for old in checkpoints(folder)[: -config.save_total_limit]:
-            shutil.rmtree(old)
-    return path
 
 
-def save_final_model(state: TrainState, folder: Path) -> Path:
+def _save_shards(state: TrainState, config: TrainConfig, path: Path, ranks: Ranks) -> None:
+    model = state.whole_model()
+    tensors = sharded_tensors(state.teacher, state.master, state.optimizer)
+    with contextlib.ExitStack() as stack:
+        temporary = None
+        if ranks.main:
+            stack.enter_context(_writing(path, [*model.parameters(), *tensors.values()]))
+            temporary = stack.enter_context(atomic_dir(path))
+        place = ranks.from_main(temporary)
+        save_sharded(tensors, place / SHARDS)
+        if ranks.main:
+            save_model(model, state.tokenizer, place / "model")
+            counts = {"step": state.step, "num_tokens": state.num_tokens}
+            (place / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
+            text = json.dumps(dataclasses.asdict(config), indent=2)
+            (place / "config.json").write_text(text, encoding="utf-8")
+    ranks.every(None)  # it has its name
+
+
+def save_final_model(state: TrainState, folder: Path, ranks: Ranks | None = None) -> Path:
     """Write the trained model to `folder/model`, whole or not at all.
 
     Raises:
         MachineError: the disk is too full.
     """
-    path = folder / "model"
-    with _writing(path, list(state.model.parameters())), atomic_dir(path) as temporary:
-        save_model(state.model, state.tokenizer, temporary)
+    path, model, ranks = folder / "model", state.whole_model(), ranks or Ranks()
+    with ranks.together():
+        if ranks.main:
+            with _writing(path, list(model.parameters())), atomic_dir(path) as temporary:
+                save_model(model, state.tokenizer, temporary)
     return path
 
 
@@ -179,10 +229,16 @@ def restore(state: TrainState, path: Path) -> None:
         InputError: the checkpoint is damaged or of another model.
     """
     try:
-        saved = torch.load(path / "state.pt", weights_only=True)
-        state.optimizer.load_state_dict(saved["optimizer"])
-        state.teacher.load_state_dict(saved["teacher"])
-        state.master.load_state_dict(saved["master"])
+        if (path / SHARDS).is_dir():
+            load_sharded(path / SHARDS, state.teacher, state.master, state.optimizer)
+            saved = json.loads((path / "counts.json").read_text(encoding="utf-8"))
+        else:
+            saved = torch.load(path / "state.pt", weights_only=True)
+            if state.sampled is not None:
+                saved = cut_like(saved, state.teacher, state.master)
+            state.optimizer.load_state_dict(saved["optimizer"])
+            state.teacher.load_state_dict(saved["teacher"])
+            state.master.load_state_dict(saved["master"])
         state.step, state.num_tokens = saved["step"], saved["num_tokens"]
     except (  # what torch.load and the two load_state_dict raise on bytes that are not theirs
         OSError, EOFError, RuntimeError, LookupError, ValueError, pickle.UnpicklingError,

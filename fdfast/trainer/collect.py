@@ -41,6 +41,10 @@ class Student:
     model: Any
     step: int = 0
 
+    def whole_model(self) -> Any:
+        """The model."""
+        return self.model
+
 
 def collect(
     config: TrainConfig,

@@ -19,7 +19,7 @@ import torch
 from fdfast.data.problems import Problem
 from fdfast.errors import InputError, MachineError
 from fdfast.files import atomic_dir
-from fdfast.interrupts import sigterm_as_interrupt, uninterrupted
+from fdfast.interrupts import sigterm_as_interrupt
 from fdfast.losses import FeedbackDistillationLoss, GRPOLoss
 from fdfast.models import HeadWeights, lm_head, load_model, save_model
 from fdfast.teacher import EMATeacher
@@ -39,8 +39,10 @@ from fdfast.trainer.guards import Alarm, alarms, num_skipped, rate_factor
 from fdfast.trainer.master import MasterWeights
 from fdfast.trainer.metrics import Clock, MetricsLog, read_jsonl, records, step_line, summary
 from fdfast.trainer.provenance import write_provenance
+from fdfast.trainer.ranks import Ranks, ranks_of_torchrun
 from fdfast.trainer.rollouts import (
     Rollouts,
+    check_for_ranks,
     check_problems,
     lean_pool,
     read_split,
@@ -50,6 +52,7 @@ from fdfast.trainer.rollouts import (
 )
 from fdfast.trainer.scoring import Scorer
 from fdfast.trainer.screen import Screen
+from fdfast.trainer.sharding import WholeCopy, shard, whole
 from fdfast.trainer.stages import Place, place, total_steps
 
 
@@ -58,6 +61,7 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train, and return the metrics of every step, as metrics.jsonl has them.
 
+    Under torchrun the ranks share each step and the weights; the main one prints and writes.
     Whatever ends it early, Ctrl-C (KeyboardInterrupt) or an error, leaves a checkpoint.
 
     Args:
@@ -69,40 +73,54 @@ def train(
         InputError: a setting, data set or model is off; output_dir holds a run and resume is False.
         MachineError: the machine lacks something: Lean, disk, a package.
     """
+    with sigterm_as_interrupt(), ranks_of_torchrun() as ranks:
+        return _train_on(ranks, config, resume=resume, quiet=quiet or not ranks.main)
+
+
+def _train_on(
+    ranks: Ranks, config: TrainConfig, *, resume: bool, quiet: bool
+) -> list[dict[str, Any]]:
     folder = Path(config.output_dir)
-    newest = _check_folder(folder, resume=resume)
-    if newest is not None:
-        check_settings(config, newest)
-    check_key(config)
-    problems = read_split(config, config.dataset_split)
-    held_out = read_split(config, config.eval_split) if config.eval_num_prompts else []
+    with ranks.together():
+        newest = _check_folder(folder, resume=resume)
+        if newest is not None:
+            check_settings(config, newest)
+        check_key(config)
+        check_for_ranks(config, ranks)
+        problems = read_split(config, config.dataset_split)
+        held_out = read_split(config, config.eval_split) if config.eval_num_prompts else []
     with (
         Screen(folder.name, total=total_steps(config), quiet=quiet) as screen,
-        sigterm_as_interrupt(),
         _matmul_precision(config.float32_matmul_precision),
         lean_pool(config) as lean,
         contextlib.ExitStack() as closing,
     ):
         screen.say(f"{folder}: loading {newest or config.model_name_or_path}")
-        state = _initial_state(config, newest)
-        prompts = Prompts(state.tokenizer, config, schemas(config))
-        check_problems([*problems, *held_out], prompts, lean)
-        _open_folder(folder, newest)
-        write_provenance(config, folder, step=state.step)
-        provider = make_provider(config, state.teacher.model, state.tokenizer)
-        engine = closing.enter_context(
-            contextlib.closing(make_engine(config, state.model, state.tokenizer))
-        )
+        state = _initial_state(config, newest, ranks)
+        sampled = state.whole_model()
+        with ranks.together():
+            prompts = Prompts(state.tokenizer, config, schemas(config))
+            check_problems([*problems, *held_out], prompts, lean)
+            if ranks.main:
+                _open_folder(folder, newest)
+                write_provenance(config, folder, step=state.step)
+            provider = make_provider(config, state.teacher.model, state.tokenizer)
+            engine = closing.enter_context(
+                contextlib.closing(make_engine(config, sampled, state.tokenizer))
+            )
+            log = MetricsLog(folder, step=state.step, writes=ranks.main)
         run = _Run(
             config=config,
             state=state,
             problems=problems,
             held_out=held_out[: config.eval_num_prompts],
-            rollouts=Rollouts(config, engine, lean, prompts, provider),
-            log=MetricsLog(folder, step=state.step),
+            rollouts=Rollouts(config, engine, lean, prompts, provider, ranks=ranks),
+            log=log,
             screen=screen,
+            ranks=ranks,
         )
         _train_and_save(run)
+        ranks.meet()  # all lines are there
     return read_jsonl(run.log.metrics)
 
 
@@ -113,13 +131,14 @@ def _train_and_save(run: "_Run") -> None:
     try:
         _train(run)
         if run.config.save_final_model:
-            save_final_model(state, folder)
+            save_final_model(state, folder, run.ranks)
         complete = True
     finally:
-        if not complete and not state.changing and state.step > begun_at:
+        saves = not complete and not state.changing and state.step > begun_at
+        if saves and run.ranks.agreed:
             run.screen.say(f"stopped: saving step {state.step}")
-            with uninterrupted():
-                path = save_checkpoint(state, run.config, folder)
+            with run.ranks.held():
+                path = save_checkpoint(state, run.config, folder, run.ranks)
             run.screen.say(f"saved {path}; --resume goes on from there")
 
 
@@ -144,6 +163,7 @@ class _Run:
     rollouts: Rollouts
     log: MetricsLog
     screen: Screen
+    ranks: Ranks
 
 
 def _train(run: _Run) -> None:
@@ -167,20 +187,31 @@ def _train(run: _Run) -> None:
         )
         with clock("update"):
             metrics: dict[str, Any] = _gradients(run, scorer, attempts) | counts
-        with uninterrupted():  # from here to the lines on disk all happens or nothing does
+        shared = _of_all_ranks(run, attempts)
+        with run.ranks.held():  # from here to the lines on disk all happens or nothing does
             state.num_tokens += int(metrics["num_tokens"])  # cumulative, as TRL counts
             metrics |= _update(run, at, metrics["loss"]) | {"num_tokens": state.num_tokens}
-            metrics |= summary(attempts, count) | clock.metrics() | {"stage": at.index}
+            metrics = run.ranks.from_main(
+                None
+                if shared is None
+                else metrics | summary(shared, count) | clock.metrics() | {"stage": at.index}
+            )
             heard = alarms(run.log.history, metrics, config)
             metrics["alarms"] = [alarm.name for alarm in heard]
-            run.log.write({"step": state.step} | metrics, _lines(run, attempts, seed))
+            run.log.write({"step": state.step} | metrics, _lines(run, shared or [], seed))
         run.screen.say(step_line(state.step, metrics, total_steps(config)))
         for alarm in heard:
             run.screen.say(f"step {state.step}: {alarm.text}")
         run.screen.at(state.step)
         _stop_if_asked(run, heard)
         if config.save_steps and state.step % config.save_steps == 0:
-            save_checkpoint(state, config, Path(config.output_dir))
+            save_checkpoint(state, config, Path(config.output_dir), run.ranks)
+
+
+def _of_all_ranks(run: _Run, attempts: list[Attempt]) -> list[Attempt] | None:
+    """The step's attempts in the order of its problems, on the main rank."""
+    shares = run.ranks.to_main(attempts)
+    return None if shares is None else [attempt for share in shares for attempt in share]
 
 
 def _stop_if_asked(run: _Run, heard: Sequence[Alarm]) -> None:
@@ -191,16 +222,17 @@ def _stop_if_asked(run: _Run, heard: Sequence[Alarm]) -> None:
     """
     config, step = run.config, run.state.step
     skipped = num_skipped(run.log.history)
-    if skipped > config.max_skipped_steps:
-        raise MachineError(
-            f"step {step}: the loss or the gradient was not finite in {skipped} steps in a row; "
-            "lower learning_rate, or look at what they were trained on: fdfast show "
-            f"{config.output_dir}/attempts.jsonl --step {step}"
-        )
-    if config.entropy_alarm_action == "stop":
-        for alarm in heard:
-            if alarm.name == "entropy":
-                raise MachineError(f"step {step}: {alarm.text}")
+    with run.ranks.together():
+        if skipped > config.max_skipped_steps:
+            raise MachineError(
+                f"step {step}: the loss or the gradient was not finite in {skipped} steps in a "
+                "row; lower learning_rate, or look at what they were trained on: fdfast show "
+                f"{config.output_dir}/attempts.jsonl --step {step}"
+            )
+        if config.entropy_alarm_action == "stop":
+            for alarm in heard:
+                if alarm.name == "entropy":
+                    raise MachineError(f"step {step}: {alarm.text}")
 
 
 def _evaluation_due(run: _Run) -> bool:
@@ -224,9 +256,12 @@ def _evaluate(run: _Run, scorer: Scorer) -> None:
     )
     with torch.no_grad():
         metrics = scorer.score(told(attempts), backward=False) | counts
-    metrics |= summary(attempts, num_generations)
+    shared = _of_all_ranks(run, attempts)
+    metrics = run.ranks.from_main(
+        None if shared is None else metrics | summary(shared, num_generations)
+    )
     step = run.state.step
-    run.log.write_evaluation(step, metrics, _lines(run, attempts, seed))
+    run.log.write_evaluation(step, metrics, _lines(run, shared or [], seed))
     run.screen.say("evaluation  " + step_line(step, metrics, total_steps(run.config)))
 
 
@@ -270,17 +305,28 @@ def _open_folder(folder: Path, newest: Path | None) -> None:
             (folder / f"{name}.jsonl").replace(folder / f"{name}.old.jsonl")
 
 
-def _initial_state(config: TrainConfig, checkpoint: Path | None) -> TrainState:
-    if config.dtype == "float16":
-        raise InputError("dtype=float16 can't be trained without loss scaling; take bfloat16")
-    source = config.model_name_or_path if checkpoint is None else checkpoint / "model"
-    model, tokenizer = load_model(source, dtype=config.dtype)
-    teacher = EMATeacher(model, alpha=config.teacher_ema_alpha, every=config.teacher_ema_every)
+def _initial_state(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> TrainState:
+    with ranks.together():
+        if config.dtype == "float16":
+            raise InputError("dtype=float16 can't be trained without loss scaling; take bfloat16")
+        source = config.model_name_or_path if checkpoint is None else checkpoint / "model"
+        model, tokenizer = load_model(source, dtype=config.dtype)
+    sampled = None
+    if ranks.device is not None:
+        # vLLM takes its weights from anywhere, and has a copy of its own on the GPU.
+        place = torch.device("cpu") if config.use_vllm else ranks.device
+        sampled = WholeCopy(model, place)
+    cut = None if ranks.device is None else functools.partial(shard, device=ranks.device)
+    teacher = EMATeacher(
+        model, alpha=config.teacher_ema_alpha, every=config.teacher_ema_every, prepare=cut
+    )
     if config.gradient_checkpointing:
         # transformers 5.2x renamed it and warns at the old name, which 5.17 alone has.
         enable = getattr(model, "activation_checkpointing_enable", None)
         enable = enable or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    if cut is not None:
+        cut(model)
     master = MasterWeights(model)
     optimizer = torch.optim.AdamW(
         master.master.values(),
@@ -289,7 +335,7 @@ def _initial_state(config: TrainConfig, checkpoint: Path | None) -> TrainState:
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
     )
-    state = TrainState(model, tokenizer, teacher, master, optimizer)
+    state = TrainState(model, tokenizer, teacher, master, optimizer, sampled=sampled)
     if checkpoint is not None:
         restore(state, checkpoint)
     return state
@@ -300,19 +346,25 @@ def _scorer(run: _Run, at: Place) -> Scorer:
     state, config = run.state, at.config
     reference = _reference(run, at) if config.beta and config.distillation_weight < 1 else None
     loss_fn = _loss(config, lm_head(state.model))
-    return Scorer(config, state.model, state.teacher.model, loss_fn, reference)
+    return Scorer(config, state.model, state.teacher.model, loss_fn, reference, run.ranks)
 
 
 def _reference(run: _Run, at: Place) -> Any:
     """The student as the stage found it; kept in the run's folder, for a resume."""
     path = Path(run.config.output_dir) / f"reference-{at.index}"
-    if at.step == 0:
-        if path.exists():  # of a run that was resumed from before this stage
-            shutil.rmtree(path)
-        with atomic_dir(path) as temporary:
-            save_model(run.state.model, run.state.tokenizer, temporary)
-    model, _ = load_model(path, dtype=run.config.dtype)
-    model.requires_grad_(False)
+    student = run.state.whole_model() if at.step == 0 else None
+    with run.ranks.together():
+        if student is not None and run.ranks.main:
+            if path.exists():  # of a run that was resumed from before this stage
+                shutil.rmtree(path)
+            with atomic_dir(path) as temporary:
+                save_model(student, run.state.tokenizer, temporary)
+    with run.ranks.together():
+        model, _ = load_model(path, dtype=run.config.dtype)
+        model.requires_grad_(False)
+    if run.ranks.device is not None:
+        shard(model, run.ranks.device)
+        return model
     return model.to(next(run.state.model.parameters()).device)
 
 
@@ -389,7 +441,7 @@ def _update(run: _Run, at: Place, loss: float) -> dict[str, float]:
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     limit = config.max_grad_norm or float("inf")
-    norm = torch.nn.utils.clip_grad_norm_(state.master.take_gradients(), limit)
+    norm = whole(torch.nn.utils.clip_grad_norm_(state.master.take_gradients(), limit))
     skipped = not (torch.isfinite(norm) and math.isfinite(loss))
     state.changing = True
     if not skipped:

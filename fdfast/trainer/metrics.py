@@ -27,13 +27,15 @@ class MetricsLog:
     Args:
         folder: of the run.
         step: finished steps; lines beyond are of steps that will be done again.
+        writes: whether the files are this process's: else they are read at the beginning alone.
     """
 
-    def __init__(self, folder: Path, *, step: int) -> None:
+    def __init__(self, folder: Path, *, step: int, writes: bool = True) -> None:
         self.metrics, self.attempts = folder / "metrics.jsonl", folder / "attempts.jsonl"
-        for path in (self.metrics, self.attempts):
+        self.writes = writes
+        for path in (self.metrics, self.attempts) if writes else ():
             _cut_back(path, step)
-        kept = read_jsonl(self.metrics)
+        kept = [r for r in read_jsonl(self.metrics) if step and r["step"] <= step]
         self.evaluated = {r["step"] for r in kept if "eval_loss" in r}
         self.history = [_watched(r) for r in kept if "eval_loss" not in r]
 
@@ -52,6 +54,8 @@ class MetricsLog:
         metrics = {name: _json_number(value) for name, value in metrics.items()}
         if "eval_loss" not in metrics:
             self.history.append(_watched(metrics))
+        if not self.writes:
+            return
         for path, rows in ((self.metrics, [metrics]), (self.attempts, attempts)):
             with path.open("a", encoding="utf-8") as file:
                 file.write("".join(_line(row) for row in rows))

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from fdfast.errors import InputError, MachineError
+from fdfast.interrupts import uninterrupted
 
 T = TypeVar("T")
 INTERRUPTED = 130
@@ -78,6 +79,10 @@ class Ranks:
     def together(self) -> Iterator[None]:
         """What runs within is this rank's own work; whatever ends it ends all ranks at the end."""
         yield
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Hold Ctrl-C and SIGTERM back until the end."""
+        return uninterrupted()
 
     def meet(self) -> None:
         """Leave the run here, all of them, if one was asked to."""
@@ -161,7 +166,7 @@ class TorchrunRanks(Ranks):
             if self.asked:
                 raise KeyboardInterrupt
             yield
-        except BaseException as ended:  # noqa: BLE001 (raised again below, after the others know)
+        except BaseException as ended:
             error = ended
         self.alone = False
         fates = self.every(_Fate(0 if error is None else _status(error)))
@@ -172,6 +177,10 @@ class TorchrunRanks(Ranks):
         if error is not None and failed[0] == self.rank:
             raise error
         raise OtherRankEndedError(fates[failed[0]].status) from error
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """See `Ranks`: outside of `together` they always wait for the next meeting."""
+        return contextlib.nullcontext()
 
     def interrupt(self, number: int, frame: FrameType | None) -> None:
         """What a signal does: it ends work that is this rank's own, else it is kept in mind."""

@@ -20,14 +20,14 @@ from fdfast.rollout import Engine, SamplingOptions, Toolboxes, Trajectory, gener
 from fdfast.trainer.batch import Attempt, Prompts
 from fdfast.trainer.config import TrainConfig
 from fdfast.trainer.metrics import Clock
+from fdfast.trainer.ranks import Ranks
 
 
 class Weights(Protocol):
     """What is sampled from: `TrainState`."""
 
-    @property
-    def model(self) -> object:
-        """The student."""
+    def whole_model(self) -> object:
+        """The student, with all of its weights; a collective of the ranks."""
 
     @property
     def step(self) -> int:
@@ -46,6 +46,7 @@ class Rollouts:
         provider: of feedback; None gives none, and teacher's prompts are the student's.
         synced_step: the step whose weights the engine has.
         may_fail: whether feedback may fail for all attempts of a step.
+        ranks: that share each step's problems; a problem's attempts stay on one.
     """
 
     config: TrainConfig
@@ -55,6 +56,7 @@ class Rollouts:
     provider: FeedbackProvider | None
     synced_step: int | None = None
     may_fail: bool = False
+    ranks: Ranks = dataclasses.field(default_factory=Ranks)
 
     def attempts(
         self,
@@ -66,10 +68,10 @@ class Rollouts:
         *,
         feedback: bool = True,
     ) -> tuple[list[Attempt], dict[str, float]]:
-        """Attempts with verdict, advantage and feedback, those at one problem together.
+        """This rank's attempts with verdict, advantage and feedback, those at one problem together.
 
         Args:
-            problems: each attempted num_generations times.
+            problems: of all ranks, each attempted num_generations times.
             num_generations: attempts at each.
             seed: of the sampling.
             weights: what is sampled from.
@@ -84,10 +86,11 @@ class Rollouts:
         """
         if self.synced_step != weights.step:
             with clock("weight_sync"):
-                self.engine.update_weights(weights.model)
+                self.engine.update_weights(weights.whole_model())
             self.synced_step = weights.step
-        every = [problem for problem in problems for _ in range(num_generations)]
-        with self._toolboxes() as toolboxes:
+        first, own = self.ranks.share(problems)
+        every = [problem for problem in own for _ in range(num_generations)]
+        with self.ranks.together(), self._toolboxes() as toolboxes:
             trajectories = generate(
                 every,
                 self.engine,
@@ -96,6 +99,7 @@ class Rollouts:
                 prompt=self.prompts.student,
                 lean=self.lean,
                 seed=seed,
+                first=first * num_generations,
                 timed=clock,
             )
         self.engine.sleep()
@@ -120,9 +124,12 @@ class Rollouts:
     ) -> list[Attempt]:
         """Attempts before feedback; a proof is worth 1, all else 0."""
         rewards = [float(t.verdict is not None and t.verdict.proved) for t in trajectories]
-        advantages = group_advantages(
-            torch.tensor(rewards), num_generations, scale_rewards=self.config.scale_rewards
-        ).tolist()
+        shares = self.ranks.every(rewards)
+        scale, rank = self.config.scale_rewards, self.ranks.rank
+        start = sum(map(len, shares[:rank]))
+        whole = torch.tensor([reward for share in shares for reward in share])
+        every: list[float] = group_advantages(whole, num_generations, scale_rewards=scale).tolist()
+        advantages = every[start : start + len(rewards)]
         return [
             Attempt(problem, trajectory, trajectory.prompt_ids, advantage=advantage)
             for problem, trajectory, advantage in zip(
@@ -135,17 +142,20 @@ class Rollouts:
     ) -> tuple[list[Attempt], dict[str, float]]:
         counters = provider.counters
         before = None if counters is None else dataclasses.replace(counters)
-        texts = provider.feedback_many([_item(a, self._tool_names()) for a in plain])
-        if all(text is None for text in texts) and not self.may_fail:
-            raise MachineError(
-                f"step {step}: feedback {self.config.feedback!r} failed for all {len(texts)} "
-                f"attempts; the latest: {provider.last_failure}; mend that, or let another "
-                "source step in (feedback_on_failure), and --resume"
-            )
-        attempts = [self._told(a, text) for a, text in zip(plain, texts, strict=True)]
+        with self.ranks.together():
+            texts = provider.feedback_many([_item(a, self._tool_names()) for a in plain])
+            attempts = [self._told(a, text) for a, text in zip(plain, texts, strict=True)]
+        given = self.ranks.sums({"all": len(texts), "told": len(told(attempts))})
+        with self.ranks.together():
+            if not given["told"] and not self.may_fail:
+                raise MachineError(
+                    f"step {step}: feedback {self.config.feedback!r} failed for all "
+                    f"{given['all']:.0f} attempts; the latest: {provider.last_failure}; mend that, "
+                    "or let another source step in (feedback_on_failure), and --resume"
+                )
         if counters is None or before is None:
             return attempts, {}
-        return attempts, counters.metrics_since(before)
+        return attempts, self.ranks.sums(counters.metrics_since(before))
 
     def _told(self, attempt: Attempt, text: str | None) -> Attempt:
         """With the teacher's prompt for this feedback."""
@@ -158,6 +168,27 @@ class Rollouts:
 
     def _tool_names(self) -> tuple[str, ...]:
         return tuple(tool["function"]["name"] for tool in self.prompts.tools)
+
+
+def check_for_ranks(config: TrainConfig, ranks: Ranks) -> None:
+    """What several ranks do not do.
+
+    Raises:
+        InputError: the settings want it.
+    """
+    if ranks.size == 1:
+        return
+    if config.use_vllm and config.vllm_mode == "server":
+        raise InputError(
+            f"vllm_mode 'server' with {ranks.size} ranks: each would send it its weights; take "
+            "vllm_mode 'colocate', or one rank"
+        )
+    own = "self" in (config.feedback, config.feedback_on_failure)
+    if own and config.feedback_self_model == "teacher":
+        raise InputError(
+            f"feedback_self_model 'teacher' with {ranks.size} ranks: none has the whole teacher; "
+            "take feedback_self_model 'initial', or one rank"
+        )
 
 
 def told(attempts: Sequence[Attempt]) -> list[Attempt]:

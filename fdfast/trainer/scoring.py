@@ -5,7 +5,7 @@ Legend: T trained tokens of a pack, D hidden, V vocabulary.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from fdfast.streaming import backward_in_parts
 from fdfast.topk_head import topk_head
 from fdfast.trainer.batch import Attempt, completion_tree
 from fdfast.trainer.config import TrainConfig
-from fdfast.types import TeacherHidden, TeacherTopK
+from fdfast.trainer.ranks import Ranks
+from fdfast.trainer.sharding import empty_pass, gathered, inside, release
+from fdfast.types import PolicyHead, TeacherHidden, TeacherTopK
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Scorer:
         teacher: asked where distillation_weight is more than 0.
         loss_fn: of Feedback Distillation where that is 1, else of the policy.
         reference: what beta's KL is to; wanted where beta is more than 0 and the loss the policy's.
+        ranks: that share the step; with several, the models are sharded.
     """
 
     config: TrainConfig
@@ -41,42 +44,115 @@ class Scorer:
     teacher: Any
     loss_fn: FeedbackDistillationLoss | GRPOLoss
     reference: Any = None
+    ranks: Ranks = field(default_factory=Ranks)
 
     def score(self, attempts: Sequence[Attempt], *, backward: bool) -> dict[str, float]:
-        """Go through the packs; the loss is normalised over all of them.
+        """Go through the packs; the loss is normalised over all of them, on all ranks.
 
         Args:
-            attempts: all of a step; those at one problem stand together.
+            attempts: all of this rank's share of a step; those at one problem stand together.
             backward: whether the gradient is added to the student's parameters.
 
         Returns:
-            Sums of `loss` and `num_tokens`, means of the loss's other metrics over the tokens.
+            Sums of `loss` and `num_tokens`, means of the loss's other metrics over the tokens, of
+            all ranks together.
 
         Raises:
             InputError: a loss over whole sequences has a pack that does not fit in a pass.
         """
-        counts = (sum(a.completion.num_sampled for a in attempts), len(attempts))
         totals: dict[str, float] = {}
+        with self.ranks.together():
+            own = packs(attempts, self.config.max_pass_tokens)
+            streams = backward and any(map(self._streams, own))
+        said = (sum(a.completion.num_sampled for a in attempts), len(attempts), len(own), streams)
+        every = self.ranks.every(said)
+        counts = (sum(tokens for tokens, *_ in every), sum(size for _, size, *_ in every))
+        if self.ranks.size > 1 and any(streams for *_, streams in every):
+            # Ranks stream in different numbers of passes: none may wait for another's.
+            with gathered(self.model, *self._constants()):
+                for pack in own:
+                    self._pass(pack, counts, totals, backward=backward)
+            return self.ranks.sums(totals)
+        for number in range(max(packs for _, _, packs, _ in every)):
+            self.ranks.meet()
+            if number < len(own):
+                self._pass(own[number], counts, totals, backward=backward)
+            else:  # the others' layers gather themselves here too
+                self._empty_pass(backward=backward)
+        release(self.model, *self._constants())
+        return self.ranks.sums(totals)
+
+    def _pass(
+        self,
+        pack: Sequence[Attempt],
+        counts: tuple[int, int],
+        totals: dict[str, float],
+        *,
+        backward: bool,
+    ) -> None:
         device = next(self.model.parameters()).device
-        for pack in packs(attempts, self.config.max_pass_tokens):
-            student, teacher = (tree.to(device) for tree in trees(pack))
-            part = _Part(self, pack, student, self._evidence(teacher), counts, totals)
-            if backward and student.num_tokens > self.config.max_pass_tokens:
-                part.check_streams()
-                budget = self.config.max_pass_tokens
-                backward_in_parts(self.model, student, part, max_tokens=budget)
-                continue
-            every = torch.arange(len(student.target_ids), device=student.target_ids.device)
-            loss = part(hidden_states(self.model, student), every)
-            if backward:
-                loss.backward()  # type: ignore[no-untyped-call]
-        return totals
+        student, teacher = (tree.to(device) for tree in trees(pack))
+        part = _Part(self, pack, student, self._evidence(teacher), counts, totals)
+        budget = self.config.max_pass_tokens
+        if backward and student.num_tokens > budget:
+            backward_in_parts(self.model, student, part, max_tokens=budget)
+            return
+        part.look_up()
+        every = torch.arange(len(student.target_ids), device=student.target_ids.device)
+        loss = inside(self.model, lambda: part(hidden_states(self.model, student), every))
+        if backward:
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def _empty_pass(self, *, backward: bool) -> None:
+        with torch.no_grad():
+            for model in self._constants():
+                empty_pass(model)
+        loss = empty_pass(self.model)
+        if backward:
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def _constants(self) -> list[Any]:
+        """The models that a pass looks at, in its order, beside the student."""
+        asked = [self.teacher] if self.config.distillation_weight else []
+        return asked + ([] if self.reference is None else [self.reference])
+
+    def _streams(self, pack: Sequence[Attempt]) -> bool:
+        """Whether the pack is too large for a pass.
+
+        Raises:
+            InputError: it is, and the loss wants whole sequences.
+        """
+        tree = trees(pack)[0]
+        if tree.num_tokens <= self.config.max_pass_tokens:
+            return False
+        if isinstance(self.loss_fn, GRPOLoss) and self.by_sequence():
+            config = self.config
+            raise InputError(
+                f"a problem's attempts have {tree.num_tokens} tokens, more than "
+                f"max_pass_tokens = {config.max_pass_tokens}; with loss_type {config.loss_type!r}, "
+                f"importance_sampling_level {config.importance_sampling_level!r} they must fit in "
+                "one pass: raise it, or take loss_type 'dapo' and the level 'token'"
+            )
+        return True
+
+    def by_sequence(self) -> bool:
+        """Whether the policy's loss wants whole sequences."""
+        config = self.config
+        corrected = config.use_vllm and config.vllm_importance_sampling_correction
+        return (
+            config.loss_type in ("grpo", "sapo")
+            or config.importance_sampling_level == "sequence"
+            or (corrected and config.vllm_importance_sampling_mode.startswith("sequence"))
+        )
 
     @torch.no_grad()
     def _evidence(self, tree: PrefixTree) -> TeacherHidden | TeacherTopK | None:
         """What the loss is told of the teacher, for every target."""
         if not self.config.distillation_weight:
             return None
+        return inside(self.teacher, lambda: self._told_by_teacher(tree))
+
+    def _told_by_teacher(self, tree: PrefixTree) -> TeacherHidden | TeacherTopK:
         hidden_TD, head, config = (
             hidden_states(self.teacher, tree),
             lm_head(self.teacher),
@@ -134,36 +210,17 @@ class _Part:
         loss: Tensor = output.loss
         return loss
 
-    def check_streams(self) -> None:
-        """A part of a pack has no whole sequences.
-
-        Raises:
-            InputError: the loss wants them.
-        """
-        config = self.scorer.config
-        if isinstance(self.scorer.loss_fn, GRPOLoss) and self._by_sequence():
-            raise InputError(
-                f"a problem's attempts have {self.tree.num_tokens} tokens, more than "
-                f"max_pass_tokens = {config.max_pass_tokens}; with loss_type {config.loss_type!r}, "
-                f"importance_sampling_level {config.importance_sampling_level!r} they must fit in "
-                "one pass: raise it, or take loss_type 'dapo' and the level 'token'"
-            )
-
-    def _by_sequence(self) -> bool:
-        config = self.scorer.config
-        corrected = config.use_vllm and config.vllm_importance_sampling_correction
-        return (
-            config.loss_type in ("grpo", "sapo")
-            or config.importance_sampling_level == "sequence"
-            or (corrected and config.vllm_importance_sampling_mode.startswith("sequence"))
-        )
+    def look_up(self) -> None:
+        """Ask the reference now: its layers gather themselves outside of the student's pass."""
+        if isinstance(self.scorer.loss_fn, GRPOLoss):
+            _ = self._given
 
     def _policy_loss(
         self, loss_fn: GRPOLoss, head: HeadWeights, hidden: Tensor, rows: Tensor
     ) -> LossOutput:
         """Over sequences, padded, where the loss wants them, else over one row of tokens."""
         lengths = [a.completion.num_sampled for a in self.pack]
-        if not self._by_sequence():
+        if not self.scorer.by_sequence():
             lengths = [len(rows)]
 
         def by_sequence(values: Tensor) -> Tensor:
@@ -267,18 +324,23 @@ def token_logprobs(
 
 @torch.no_grad()
 def _target_logprobs(model: Any, tree: PrefixTree, config: TrainConfig) -> list[float]:
-    tree, head = tree.to(next(model.parameters()).device), lm_head(model)
-    scored = policy_head(
-        hidden_states(model, tree),
-        head.weight,
-        tree.target_ids,
-        bias=head.bias,
-        temperature=config.loss_temperature,
-        logit_softcap=head.logit_softcap,
-        workspace_mb=config.workspace_mb,
-        backend=config.backend,
-    )
-    values: list[float] = scored.logprobs.tolist()
+    tree = tree.to(next(model.parameters()).device)
+
+    def logprobs() -> Tensor:
+        head = lm_head(model)
+        scored: PolicyHead = policy_head(
+            hidden_states(model, tree),
+            head.weight,
+            tree.target_ids,
+            bias=head.bias,
+            temperature=config.loss_temperature,
+            logit_softcap=head.logit_softcap,
+            workspace_mb=config.workspace_mb,
+            backend=config.backend,
+        )
+        return scored.logprobs
+
+    values: list[float] = inside(model, logprobs).tolist()
     return values
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -39,7 +40,7 @@ def shard(model: Any, device: torch.device) -> None:
         device: of this rank; the model is moved there.
     """
     model.to(device)
-    mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     # Gradients of narrow weights are added up in float32.
     options: Any = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
     base = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
@@ -64,7 +65,7 @@ def inside(model: Any, function: Callable[[], T]) -> T:
         function: its result is differentiable, as if the weights were whole.
     """
     if isinstance(model, FSDPModule):
-        result: T = model.run_inside(function)  # type: ignore[operator]
+        result: T = model.run_inside(function)  # type: ignore[attr-defined]
         return result
     return function()
 
