@@ -8,7 +8,6 @@ Legend: T tokens, H query heads, K key heads, E head size, D hidden.
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,9 +24,11 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _ROPE_BY_LENGTH = {"dynamic", "longrope"}
 
 
-@dataclass(eq=False)
 class Pass:
     """One forward pass of a tree.
+
+    No dataclass: FSDP2 looks for tensors in the dataclasses that a layer is given, and hands the
+    layer a copy where it finds some; what the layer counts and keeps would be lost.
 
     Attributes:
         tree: of all tokens that are attended to: those above, then those of the pass.
@@ -39,12 +40,11 @@ class Pass:
         num_calls: layers that asked.
     """
 
-    tree: PrefixTree
-    backend: str = "auto"
-    above: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    keeps: bool = False
-    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    num_calls: int = 0
+    def __init__(self, tree: PrefixTree, backend: str = "auto", *, keeps: bool = False) -> None:
+        self.tree, self.backend, self.keeps = tree, backend, keeps
+        self.above: list[tuple[Tensor, Tensor]] = []
+        self.kept: list[tuple[Tensor, Tensor]] = []
+        self.num_calls = 0
 
 
 def last_hidden(model: Any, run: Pass, input_ids: Tensor, position_ids: Tensor) -> Tensor:
