@@ -75,8 +75,7 @@ def runs(tmp_path_factory):
     @functools.cache
     def run(kind: str, num_ranks: int):
         folder = base / f"{kind}-{num_ranks}"
-        steps = 20 if kind == "distillation" else 6
-        values = {"prompts_per_step": 5, "max_steps": steps, "save_final_model": True}
+        values = {"prompts_per_step": 5, "max_steps": 20, "save_final_model": True}
         config = settings(tiny, folder, **values | KINDS[kind])
         done = launch(config, num_ranks, turns=TURNS if kind != "distillation" else [])
         assert done.returncode == 0, done.stderr
@@ -98,7 +97,14 @@ def test_one_rank_gives_what_no_torchrun_gives_to_the_last_bit(runs):
 
 @pytest.mark.parametrize(
     ("kind", "num_ranks"),
-    [("distillation", 2), ("distillation", 4), ("policy", 2), ("mix", 4)],
+    [
+        ("distillation", 2),
+        pytest.param("distillation", 4, marks=pytest.mark.slow),
+        pytest.param("policy", 2, marks=pytest.mark.slow),
+        pytest.param("policy", 4, marks=pytest.mark.slow),
+        pytest.param("mix", 2, marks=pytest.mark.slow),
+        pytest.param("mix", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_any_number_of_ranks_gives_the_numbers_of_one_process(runs, kind, num_ranks):
     (rows, weights), (plain_rows, plain) = runs(kind, num_ranks), runs(kind, 0)
@@ -113,6 +119,7 @@ def test_any_number_of_ranks_gives_the_numbers_of_one_process(runs, kind, num_ra
         torch.testing.assert_close(weights[name], expected, rtol=0, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_run_of_two_ranks_goes_on_with_four_and_with_one(runs, tmp_path):
     tiny = save_tiny_model(tmp_path / "tiny", kind="qwen3")
     folder = tmp_path / "run"
@@ -131,7 +138,14 @@ def test_a_run_of_two_ranks_goes_on_with_four_and_with_one(runs, tmp_path):
     assert shards == [True, True, False, True]
 
 
-@pytest.mark.parametrize(("how", "saved"), [("error", True), ("int", True), ("kill", False)])
+@pytest.mark.parametrize(
+    ("how", "saved"),
+    [
+        ("error", True),
+        pytest.param("int", True, marks=pytest.mark.slow),
+        pytest.param("kill", False, marks=pytest.mark.slow),
+    ],
+)
 def test_what_ends_one_rank_ends_all_with_one_message(tmp_path, how, saved):
     tiny = save_tiny_model(tmp_path / "tiny")
     config = settings(tiny, tmp_path / "run", max_steps=400)
@@ -142,6 +156,17 @@ def test_what_ends_one_rank_ends_all_with_one_message(tmp_path, how, saved):
     assert len(said) == 1 or (how == "kill" and not said), done.stderr
     assert all(expected[how] in line for line in said)
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-2"] * saved
+
+
+def test_a_wrong_setting_is_said_once(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["-m", "fdfast", "train", "no_such_setting=1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert done.returncode != 0
+    assert len(re.findall(r"^fdfast: .*no_such_setting", done.stderr, re.MULTILINE)) == 1
 
 
 def test_what_several_ranks_do_not_do_is_one_line(tmp_path):

@@ -21,7 +21,8 @@ _TRAIN = """Train a model by Feedback Distillation: it attempts problems, gets f
 attempt, and learns to answer as a teacher does that has read the feedback.
 
 {settings} Metrics, checkpoints and the final model go to output_dir; Ctrl-C
-and SIGTERM leave a checkpoint, from which --resume goes on.""".format(
+and SIGTERM leave a checkpoint, from which --resume goes on. On several GPUs or processes:
+torchrun --nproc_per_node N -m fdfast train ...; they share each step and the weights.""".format(
     settings=_SETTINGS.format(
         command="train --preset fd_paper model_name_or_path=Qwen/Qwen3-8B dataset=problems.jsonl"
     )
@@ -108,11 +109,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     from fdfast.trainer import load_config, train
+    from fdfast.trainer.ranks import ranks_of_torchrun
 
-    train(
-        load_config(arguments.config, arguments.settings, preset=arguments.preset),
-        resume=arguments.resume,
-    )
+    with ranks_of_torchrun() as ranks:
+        with ranks.together():  # one of them says what is wrong
+            config = load_config(arguments.config, arguments.settings, preset=arguments.preset)
+        train(config, resume=arguments.resume)
     return 0
 
 

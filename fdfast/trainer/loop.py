@@ -19,7 +19,6 @@ import torch
 from fdfast.data.problems import Problem
 from fdfast.errors import InputError, MachineError
 from fdfast.files import atomic_dir
-from fdfast.interrupts import sigterm_as_interrupt
 from fdfast.losses import FeedbackDistillationLoss, GRPOLoss
 from fdfast.models import HeadWeights, lm_head, load_model, save_model
 from fdfast.teacher import EMATeacher
@@ -73,7 +72,7 @@ def train(
         InputError: a setting, data set or model is off; output_dir holds a run and resume is False.
         MachineError: the machine lacks something: Lean, disk, a package.
     """
-    with sigterm_as_interrupt(), ranks_of_torchrun() as ranks:
+    with ranks_of_torchrun() as ranks:
         return _train_on(ranks, config, resume=resume, quiet=quiet or not ranks.main)
 
 

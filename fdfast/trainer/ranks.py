@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from fdfast.errors import InputError, MachineError
-from fdfast.interrupts import uninterrupted
+from fdfast.interrupts import sigterm_as_interrupt, uninterrupted
 
 T = TypeVar("T")
 INTERRUPTED = 130
@@ -189,6 +189,10 @@ class TorchrunRanks(Ranks):
             raise KeyboardInterrupt
 
 
+# A process is one rank, of one group.
+_current: list[TorchrunRanks] = []
+
+
 @contextlib.contextmanager
 def ranks_of_torchrun(timeout_s: float = 1800.0) -> Iterator[Ranks]:
     """The ranks that torchrun began, or the one that there is; within another, that one's.
@@ -204,10 +208,15 @@ def ranks_of_torchrun(timeout_s: float = 1800.0) -> Iterator[Ranks]:
     """
     if not timeout_s > 0:
         raise InputError(f"ranks: timeout_s must be positive; got {timeout_s}")
+    if _current:
+        yield _current[0]
+        return
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
-        yield Ranks()
+        with sigterm_as_interrupt():
+            yield Ranks()
         return
     ranks = TorchrunRanks(timeout_s)
+    _current.append(ranks)
     before = {s: signal.signal(s, ranks.interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield ranks
@@ -227,6 +236,7 @@ def ranks_of_torchrun(timeout_s: float = 1800.0) -> Iterator[Ranks]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _current.clear()
     dist.destroy_process_group()
 
 
