@@ -19,11 +19,19 @@ from fdfast.models import load_model
 from fdfast.rollout import HFEngine
 from fdfast.trainer.config_file import make_config
 from fdfast.trainer.loop import train
+from fdfast.trainer.scoring import Scorer
 from tests.scripted import script
 
 
 def hurt(what: str) -> None:
-    """Make rank 1 fail or be ended in the third step's rollout."""
+    """Make rank 1 fail or be ended in the third step's rollout, or in its first pass of all."""
+    if what == "pass":
+
+        def fails(self, *given, **options):
+            raise MachineError("the tape is torn")
+
+        Scorer._pass = fails
+        return
     sample, calls = HFEngine.generate, []
 
     def generate(self, *given, **options):

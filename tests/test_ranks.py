@@ -144,6 +144,7 @@ def test_a_run_of_two_ranks_goes_on_with_four_and_with_one(runs, tmp_path):
         ("error", True),
         pytest.param("int", True, marks=pytest.mark.slow),
         pytest.param("kill", False, marks=pytest.mark.slow),
+        pytest.param("pass", False, marks=pytest.mark.slow),
     ],
 )
 def test_what_ends_one_rank_ends_all_with_one_message(tmp_path, how, saved):
@@ -152,7 +153,8 @@ def test_what_ends_one_rank_ends_all_with_one_message(tmp_path, how, saved):
     done = launch(config, 2, hurt=how)
     assert done.returncode != 0
     said = re.findall(r"^fdfast: .*", done.stderr, re.MULTILINE)
-    expected = {"error": "the tape is torn", "int": "interrupted", "kill": "another rank has gone"}
+    torn = "the tape is torn"
+    expected = {"error": torn, "pass": torn, "int": "interrupted", "kill": "another rank has gone"}
     assert len(said) == 1 or (how == "kill" and not said), done.stderr
     assert all(expected[how] in line for line in said)
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-2"] * saved
