@@ -29,7 +29,7 @@ def checkpoint_weights(model: Any) -> dict[str, Tensor]:
     """
     with torch.no_grad():
         base = model.get_base_model() if hasattr(model, "peft_config") else model
-        weights = _merged(model) if hasattr(model, "peft_config") else dict(model.state_dict())
+        weights = merged_state(model) if hasattr(model, "peft_config") else dict(model.state_dict())
         _drop_tied(base, weights)
         return {name: tensor.detach() for name, tensor in _as_saved(base, weights).items()}
 
@@ -75,9 +75,13 @@ def _as_saved(base: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return saved
 
 
-def _merged(model: Any) -> dict[str, Tensor]:
-    """The base model's weights with the active adapters added, computed beside the model: merging
-    in place and back again would change the weights that are trained, by rounding, at each update.
+def merged_state(model: Any) -> dict[str, Tensor]:
+    """The state of a peft model's base with the active adapters added, computed beside the model:
+    merging in place and back again would change the weights that are trained, by rounding, at each
+    update.
+
+    Raises:
+        InputError: an adapter can't be merged into the weights.
     """
     weights: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
