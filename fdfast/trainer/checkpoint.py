@@ -1,5 +1,9 @@
 """Checkpoints: whole or not there, and complete, so that a resumed run is the run that never
 stopped.
+
+No state of a random generator is in them: all that is random follows from the seed and the step
+(`rollouts.step_seed`, `loop._order`), as do the data cursor, the stage and the learning rate.
+Alarms follow from metrics.jsonl, whose lines are on the disk before the checkpoint of their step.
 """
 
 import contextlib
@@ -17,11 +21,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fdfast.errors import InputError, MachineError
-from fdfast.files import atomic_dir
-from fdfast.models import free_bytes, save_model
+from fdfast.feedback.ledger import FeedbackCounters
+from fdfast.files import atomic_dir, damage, write_manifest
+from fdfast.lora import save_adapters, save_merged
+from fdfast.models import free_bytes
 from fdfast.teacher import EMATeacher
 from fdfast.trainer.config import TrainConfig
 from fdfast.trainer.master import MasterWeights
+from fdfast.trainer.student import has_adapters, save_student
 
 NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -38,6 +45,7 @@ class TrainState:
         optimizer: AdamW over `master`.
         step: finished optimizer steps; data and sampling follow from it.
         num_tokens: tokens trained on so far.
+        feedback: what feedback took so far: the budget is the run's, not the process's.
         changing: whether a change of the above is under way, so that it can't be saved.
     """
 
@@ -48,6 +56,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     step: int = 0
     num_tokens: int = 0
+    feedback: FeedbackCounters = dataclasses.field(default_factory=FeedbackCounters)
     changing: bool = False
 
 
@@ -58,7 +67,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(state: TrainState, config: TrainConfig, folder: Path) -> Path:
-    """Write `folder/checkpoint-<step>` and drop the oldest over config.save_total_limit.
+    """Write `folder/checkpoint-<step>` and drop the oldest over config.save_total_limit; those that
+    have lost a file or a part of one count for nothing and stay.
 
     Raises:
         MachineError: the disk is too full; checkpoints that were there stay.
@@ -69,6 +79,7 @@ def save_checkpoint(state: TrainState, config: TrainConfig, folder: Path) -> Pat
     saved = {
         "step": state.step,
         "num_tokens": state.num_tokens,
+        "feedback": dataclasses.asdict(state.feedback),
         "optimizer": state.optimizer.state_dict(),
         "teacher": state.teacher.state_dict(),
         "master": state.master.state_dict(),
@@ -77,25 +88,33 @@ def save_checkpoint(state: TrainState, config: TrainConfig, folder: Path) -> Pat
     tensors += [*state.master.state_dict().values()]
     tensors += [v for s in state.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
     with _writing(path, tensors), atomic_dir(path) as temporary:
-        save_model(state.model, state.tokenizer, temporary / "model")
+        save_student(state.model, state.tokenizer, temporary)
         torch.save(saved, temporary / "state.pt")
         text = json.dumps(dataclasses.asdict(config), indent=2)
         (temporary / "config.json").write_text(text, encoding="utf-8")
+        write_manifest(temporary)
     if config.save_total_limit:
-        for old in checkpoints(folder)[: -config.save_total_limit]:
+        # Sizes alone: the newest is whole, and to read all the others at each save would take long.
+        whole = [old for old in checkpoints(folder) if not damage(old, checksums=False)]
+        for old in whole[: -config.save_total_limit]:
             shutil.rmtree(old)
     return path
 
 
 def save_final_model(state: TrainState, folder: Path) -> Path:
-    """Write the trained model to `folder/model`, whole or not at all.
+    """Write the trained model to `folder/model`, whole or not at all: adapters merged, which
+    `folder/adapter` has by themselves.
 
     Raises:
         MachineError: the disk is too full.
     """
     path = folder / "model"
     with _writing(path, list(state.model.parameters())), atomic_dir(path) as temporary:
-        save_model(state.model, state.tokenizer, temporary)
+        save_merged(state.model, state.tokenizer, temporary)
+    if has_adapters(state.model):
+        own = [p for p in state.model.parameters() if p.requires_grad]
+        with _writing(folder / "adapter", own), atomic_dir(folder / "adapter") as temporary:
+            save_adapters(state.model, state.tokenizer, temporary)
     return path
 
 
@@ -184,8 +203,10 @@ def restore(state: TrainState, path: Path) -> None:
         state.teacher.load_state_dict(saved["teacher"])
         state.master.load_state_dict(saved["master"])
         state.step, state.num_tokens = saved["step"], saved["num_tokens"]
+        state.feedback = FeedbackCounters(**saved["feedback"])
     except (  # what torch.load and the two load_state_dict raise on bytes that are not theirs
-        OSError, EOFError, RuntimeError, LookupError, ValueError, pickle.UnpicklingError,
+        OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError,
+        pickle.UnpicklingError,
     ) as error:  # fmt: skip
         raise InputError(
             f"{path}: can't be resumed ({' '.join(str(error).split())[:200]}); it is damaged or of "

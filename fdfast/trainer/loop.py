@@ -7,9 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
 import random
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,16 +16,14 @@ import torch
 
 from fdfast.data.problems import Problem
 from fdfast.errors import InputError, MachineError
-from fdfast.files import atomic_dir
 from fdfast.interrupts import sigterm_as_interrupt, uninterrupted
 from fdfast.losses import FeedbackDistillationLoss, GRPOLoss
-from fdfast.models import HeadWeights, lm_head, load_model, save_model
+from fdfast.models import HeadWeights, lm_head
 from fdfast.teacher import EMATeacher
 from fdfast.trainer.batch import Attempt, Prompts
 from fdfast.trainer.checkpoint import (
     TrainState,
     check_settings,
-    checkpoints,
     restore,
     save_checkpoint,
     save_final_model,
@@ -48,9 +44,17 @@ from fdfast.trainer.rollouts import (
     step_seed,
     told,
 )
+from fdfast.trainer.run_folder import (
+    find_start,
+    open_folder,
+    run_lock,
+    take_up_spent,
+    write_spent,
+)
 from fdfast.trainer.scoring import Scorer
 from fdfast.trainer.screen import Screen
 from fdfast.trainer.stages import Place, place, total_steps
+from fdfast.trainer.student import keep_reference, load_reference, load_student
 
 
 def train(
@@ -70,7 +74,8 @@ def train(
         MachineError: the machine lacks something: Lean, disk, a package.
     """
     folder = Path(config.output_dir)
-    newest = _check_folder(folder, resume=resume)
+    found = find_start(folder, resume=resume)
+    newest = found.checkpoint
     if newest is not None:
         check_settings(config, newest)
     check_key(config)
@@ -83,13 +88,21 @@ def train(
         lean_pool(config) as lean,
         contextlib.ExitStack() as closing,
     ):
+        for line in found.lines():
+            screen.say(f"{folder}: {line}")
         screen.say(f"{folder}: loading {newest or config.model_name_or_path}")
         state = _initial_state(config, newest)
         prompts = Prompts(state.tokenizer, config, schemas(config))
         check_problems([*problems, *held_out], prompts, lean)
-        _open_folder(folder, newest)
+        closing.enter_context(run_lock(folder))
+        open_folder(folder, found)
         write_provenance(config, folder, step=state.step)
-        provider = make_provider(config, state.teacher.model, state.tokenizer)
+        provider = make_provider(
+            config, state.teacher.model, state.tokenizer, is_initial=state.teacher.frozen
+        )
+        if provider.counters is not None:
+            take_up_spent(folder, provider.counters, state.feedback)
+            state.feedback = provider.counters
         engine = closing.enter_context(
             contextlib.closing(make_engine(config, state.model, state.tokenizer))
         )
@@ -165,6 +178,8 @@ def _train(run: _Run) -> None:
         attempts, counts = run.rollouts.attempts(
             chosen, count, seed, state, clock, feedback=feedback
         )
+        if counts:
+            write_spent(Path(config.output_dir), state.feedback)
         with clock("update"):
             metrics: dict[str, Any] = _gradients(run, scorer, attempts) | counts
         with uninterrupted():  # from here to the lines on disk all happens or nothing does
@@ -241,40 +256,10 @@ def _lines(run: _Run, attempts: list[Attempt], seed: int) -> list[dict[str, Any]
     )
 
 
-def _check_folder(folder: Path, *, resume: bool) -> Path | None:
-    """The checkpoint to resume, or None to begin; nothing is written yet.
-
-    Raises:
-        InputError: the folder can't be written, holds a run, or has nothing to resume.
-    """
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f"output_dir {folder}: {there} is no folder that can be written to")
-    rows, saved = read_jsonl(folder / "metrics.jsonl"), checkpoints(folder)
-    if resume and not saved and not rows:
-        raise InputError(f"{folder}: --resume found no run there; drop it to begin one")
-    if not resume and (saved or any(row["step"] > 0 for row in rows)):
-        raise InputError(
-            f"{folder}: holds a run already; go on with it (--resume), or name another output_dir"
-        )
-    return saved[-1] if resume and saved else None
-
-
-def _open_folder(folder: Path, newest: Path | None) -> None:
-    """Make it; of a run that ended before its first checkpoint the lines are kept beside."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics", "attempts"):
-        if newest is None and (folder / f"{name}.jsonl").exists():
-            (folder / f"{name}.jsonl").replace(folder / f"{name}.old.jsonl")
-
-
 def _initial_state(config: TrainConfig, checkpoint: Path | None) -> TrainState:
     if config.dtype == "float16":
         raise InputError("dtype=float16 can't be trained without loss scaling; take bfloat16")
-    source = config.model_name_or_path if checkpoint is None else checkpoint / "model"
-    model, tokenizer = load_model(source, dtype=config.dtype)
+    model, tokenizer = load_student(config.model_name_or_path, dtype=config.dtype, saved=checkpoint)
     teacher = EMATeacher(model, alpha=config.teacher_ema_alpha, every=config.teacher_ema_every)
     if config.gradient_checkpointing:
         # transformers 5.2x renamed it and warns at the old name, which 5.17 alone has.
@@ -307,13 +292,8 @@ def _reference(run: _Run, at: Place) -> Any:
     """The student as the stage found it; kept in the run's folder, for a resume."""
     path = Path(run.config.output_dir) / f"reference-{at.index}"
     if at.step == 0:
-        if path.exists():  # of a run that was resumed from before this stage
-            shutil.rmtree(path)
-        with atomic_dir(path) as temporary:
-            save_model(run.state.model, run.state.tokenizer, temporary)
-    model, _ = load_model(path, dtype=run.config.dtype)
-    model.requires_grad_(False)
-    return model.to(next(run.state.model.parameters()).device)
+        keep_reference(run.state.model, run.state.tokenizer, path)
+    return load_reference(run.state.model, path, dtype=run.config.dtype)
 
 
 def _loss(config: TrainConfig, head: HeadWeights) -> FeedbackDistillationLoss | GRPOLoss:
