@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 from fdfast.errors import InputError
 from fdfast.feedback.ledger import FeedbackCounters
+from fdfast.lora import load_adapters
+from fdfast.models import load_model, save_model
 from fdfast.trainer import train
 from fdfast.trainer.checkpoint import checkpoints
 from fdfast.trainer.metrics import MetricsLog, read_jsonl
@@ -166,3 +169,61 @@ def test_leftovers_of_killed_saves_are_gone_at_the_next_start(tiny, tmp_path):
     assert hidden == {".lock", ".mine"}
     entries = json.loads((tmp_path / "run.json").read_text())
     assert [entry["step"] for entry in entries] == [0, 1]
+
+
+LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ("q_proj", "down_proj")}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["ema", "frozen", "live", "periodic"])
+def test_with_adapters_a_resumed_run_is_the_run_that_never_stopped(tiny, tmp_path, kind, dtype):
+    """Dropout's masks, too, follow from the step."""
+    values = LORA | {"lora_dropout": 0.1, "teacher_kind": kind, "dtype": dtype}
+    whole = settings(tiny, tmp_path / "whole", save_final_model=True, **values)
+    rows = train(whole, quiet=True)
+    train(settings(tiny, tmp_path / "parts", max_steps=3, save_steps=3, **values), quiet=True)
+    parts = settings(tiny, tmp_path / "parts", save_final_model=True, **values)
+    resumed = train(parts, resume=True, quiet=True)
+    for name in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+    assert [r["loss"] for r in rows] == [r["loss"] for r in resumed]
+    assert rows[-1]["grad_norm"] > 0
+    names = {path.name for path in (tmp_path / "parts" / "checkpoint-3").iterdir()}
+    assert names == {"adapter", "base.json", "config.json", "manifest.json", "state.pt"}
+
+
+def test_what_is_exported_is_the_adapters_over_the_base(tiny, tmp_path):
+    train(settings(tiny, tmp_path, save_final_model=True, **LORA), quiet=True)
+    model, _ = load_model(tmp_path / "model")
+    adapted = load_adapters(load_model(tiny)[0], tmp_path / "adapter")
+    ids = torch.arange(40, 60)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
+        assert (model(ids).logits - load_model(tiny)[0](ids).logits).abs().max() > 1e-2
+
+
+def test_adapters_over_another_base_are_refused(tiny, tmp_path):
+    train(settings(tiny, tmp_path / "run", max_steps=1, save_steps=1, **LORA), quiet=True)
+    other = save_tiny_model(tmp_path / "other", kind="llama")
+    model, tokenizer = load_model(other)
+    with torch.no_grad():
+        next(iter(model.parameters()))[0, 0] += 1e-3
+    save_model(model, tokenizer, other)
+    with pytest.raises(InputError, match="belong to other base weights"):
+        train(settings(other, tmp_path / "run", **LORA), resume=True, quiet=True)
+
+
+def test_every_kind_of_teacher_and_a_bfloat16_view_train_and_resume(tiny, tmp_path):
+    for kind, dtype in (
+        ("live", ""),
+        ("periodic", ""),
+        ("frozen", "bfloat16"),
+        ("ema", "bfloat16"),
+    ):
+        values = {"teacher_kind": kind, "teacher_scoring_dtype": dtype, "save_steps": 2}
+        folder = tmp_path / f"{kind}{dtype}"
+        rows = train(settings(tiny, folder, **values), quiet=True)
+        shutil.rmtree(folder / "checkpoint-4")
+        again = train(settings(tiny, folder, **values), resume=True, quiet=True)
+        assert [r["loss"] for r in again] == [r["loss"] for r in rows]
+        assert all(r["grad_norm"] > 0 for r in rows)

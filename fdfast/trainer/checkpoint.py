@@ -76,6 +76,7 @@ def save_checkpoint(state: TrainState, config: TrainConfig, folder: Path) -> Pat
     path = folder / f"checkpoint-{state.step}"
     if path.is_dir():
         return path
+    adapted = has_adapters(state.model)
     saved = {
         "step": state.step,
         "num_tokens": state.num_tokens,
@@ -84,7 +85,9 @@ def save_checkpoint(state: TrainState, config: TrainConfig, folder: Path) -> Pat
         "teacher": state.teacher.state_dict(),
         "master": state.master.state_dict(),
     }
-    tensors = [*state.model.parameters(), *state.teacher.state_dict()["weights"].values()]
+    tensors = list(state.teacher.state_dict()["weights"].values())
+    # Adapters are saved without their base.
+    tensors += [p for p in state.model.parameters() if p.requires_grad or not adapted]
     tensors += [*state.master.state_dict().values()]
     tensors += [v for s in state.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
     with _writing(path, tensors), atomic_dir(path) as temporary:

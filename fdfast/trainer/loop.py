@@ -16,6 +16,7 @@ import torch
 
 from fdfast.data.problems import Problem
 from fdfast.errors import InputError, MachineError
+from fdfast.feedback import FeedbackProvider
 from fdfast.interrupts import sigterm_as_interrupt, uninterrupted
 from fdfast.losses import FeedbackDistillationLoss, GRPOLoss
 from fdfast.models import HeadWeights, lm_head
@@ -53,8 +54,8 @@ from fdfast.trainer.run_folder import (
 )
 from fdfast.trainer.scoring import Scorer
 from fdfast.trainer.screen import Screen
-from fdfast.trainer.stages import Place, place, total_steps
-from fdfast.trainer.student import keep_reference, load_reference, load_student
+from fdfast.trainer.stages import Place, distills, place, total_steps
+from fdfast.trainer.student import Adapters, keep_reference, load_reference, load_student
 
 
 def train(
@@ -97,10 +98,8 @@ def train(
         closing.enter_context(run_lock(folder))
         open_folder(folder, found)
         write_provenance(config, folder, step=state.step)
-        provider = make_provider(
-            config, state.teacher.model, state.tokenizer, is_initial=state.teacher.frozen
-        )
-        if provider.counters is not None:
+        provider = _provider(config, state)
+        if provider is not None and provider.counters is not None:
             take_up_spent(folder, provider.counters, state.feedback)
             state.feedback = provider.counters
         engine = closing.enter_context(
@@ -259,8 +258,18 @@ def _lines(run: _Run, attempts: list[Attempt], seed: int) -> list[dict[str, Any]
 def _initial_state(config: TrainConfig, checkpoint: Path | None) -> TrainState:
     if config.dtype == "float16":
         raise InputError("dtype=float16 can't be trained without loss scaling; take bfloat16")
-    model, tokenizer = load_student(config.model_name_or_path, dtype=config.dtype, saved=checkpoint)
-    teacher = EMATeacher(model, alpha=config.teacher_ema_alpha, every=config.teacher_ema_every)
+    model, tokenizer = load_student(
+        config.model_name_or_path, dtype=config.dtype, adapters=_adapters(config), saved=checkpoint
+    )
+    teacher = EMATeacher(
+        model,
+        # Nobody asks it in a run of GRPO alone: live is no copy.
+        kind=config.teacher_kind if distills(config) else "live",
+        alpha=config.teacher_ema_alpha,
+        every=config.teacher_ema_every,
+        scoring_dtype=config.teacher_scoring_dtype if distills(config) else "",
+        master_device=config.teacher_master_device,
+    )
     if config.gradient_checkpointing:
         # transformers 5.2x renamed it and warns at the old name, which 5.17 alone has.
         enable = getattr(model, "activation_checkpointing_enable", None)
@@ -278,6 +287,26 @@ def _initial_state(config: TrainConfig, checkpoint: Path | None) -> TrainState:
     if checkpoint is not None:
         restore(state, checkpoint)
     return state
+
+
+def _provider(config: TrainConfig, state: TrainState) -> FeedbackProvider | None:
+    """None where no stage asks for feedback: one of source self may hold a model."""
+    if not distills(config):
+        return None
+    teacher = state.teacher
+    return make_provider(config, teacher.model, state.tokenizer, is_initial=teacher.frozen)
+
+
+def _adapters(config: TrainConfig) -> Adapters | None:
+    if not config.use_peft:
+        return None
+    return Adapters(
+        rank=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        seed=config.seed,
+    )
 
 
 def _scorer(run: _Run, at: Place) -> Scorer:
