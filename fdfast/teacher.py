@@ -54,10 +54,12 @@ class EMATeacher:
         if self.frozen or num_steps % self.every:
             return False
         teacher = dict(self.model.named_parameters())
-        for name, theta in student.items():
-            self.master[name].lerp_(theta.detach().float(), 1.0 - self.alpha)
+        masters = [self.master[name] for name in student]
+        thetas = [theta.detach().float() for theta in student.values()]
+        torch._foreach_lerp_(masters, thetas, 1.0 - self.alpha)
+        for name, master in zip(student, masters, strict=True):
             if teacher[name].dtype != torch.float32:
-                teacher[name].copy_(self.master[name])
+                teacher[name].copy_(master)
         return True
 
     def state_dict(self) -> dict[str, Any]:
