@@ -19,6 +19,7 @@ import torch
 from fdfast.data.problems import Problem
 from fdfast.errors import InputError, MachineError
 from fdfast.files import atomic_dir
+from fdfast.fused_layers import fuse_layers
 from fdfast.interrupts import sigterm_as_interrupt, uninterrupted
 from fdfast.losses import FeedbackDistillationLoss, GRPOLoss
 from fdfast.models import HeadWeights, lm_head, load_model, save_model
@@ -275,6 +276,7 @@ def _initial_state(config: TrainConfig, checkpoint: Path | None) -> TrainState:
         raise InputError("dtype=float16 can't be trained without loss scaling; take bfloat16")
     source = config.model_name_or_path if checkpoint is None else checkpoint / "model"
     model, tokenizer = load_model(source, dtype=config.dtype)
+    fuse_layers(model)  # before the teacher is copied
     teacher = EMATeacher(model, alpha=config.teacher_ema_alpha, every=config.teacher_ema_every)
     if config.gradient_checkpointing:
         # transformers 5.2x renamed it and warns at the old name, which 5.17 alone has.
@@ -288,6 +290,7 @@ def _initial_state(config: TrainConfig, checkpoint: Path | None) -> TrainState:
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
+        fused=True,
     )
     state = TrainState(model, tokenizer, teacher, master, optimizer)
     if checkpoint is not None:
