@@ -17,6 +17,7 @@ import torch
 from fdfast.data.problems import Problem
 from fdfast.errors import InputError, MachineError
 from fdfast.feedback import FeedbackProvider
+from fdfast.fused_layers import fuse_layers
 from fdfast.interrupts import sigterm_as_interrupt, uninterrupted
 from fdfast.losses import FeedbackDistillationLoss, GRPOLoss
 from fdfast.models import HeadWeights, lm_head
@@ -261,6 +262,7 @@ def _initial_state(config: TrainConfig, checkpoint: Path | None) -> TrainState:
     model, tokenizer = load_student(
         config.model_name_or_path, dtype=config.dtype, adapters=_adapters(config), saved=checkpoint
     )
+    fuse_layers(model)  # before the teacher is copied
     teacher = EMATeacher(
         model,
         # Nobody asks it in a run of GRPO alone: live is no copy.
@@ -282,6 +284,7 @@ def _initial_state(config: TrainConfig, checkpoint: Path | None) -> TrainState:
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
+        fused=True,
     )
     state = TrainState(model, tokenizer, teacher, master, optimizer)
     if checkpoint is not None:

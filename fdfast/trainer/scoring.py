@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fdfast.cpu.gemm import fast_gemms, onednn_keeps_float32
 from fdfast.errors import InputError
 from fdfast.losses import FeedbackDistillationLoss, GRPOLoss, LossOutput
 from fdfast.models import HeadWeights, hidden_states, lm_head
@@ -58,6 +59,19 @@ class Scorer:
         counts = (sum(a.completion.num_sampled for a in attempts), len(attempts))
         totals: dict[str, float] = {}
         device = next(self.model.parameters()).device
+        with fast_gemms(device.type == "cpu" and onednn_keeps_float32()):
+            self._score_packs(attempts, counts, totals, device, backward=backward)
+        return totals
+
+    def _score_packs(
+        self,
+        attempts: Sequence[Attempt],
+        counts: tuple[int, int],
+        totals: dict[str, float],
+        device: torch.device,
+        *,
+        backward: bool,
+    ) -> None:
         for pack in packs(attempts, self.config.max_pass_tokens):
             student, teacher = (tree.to(device) for tree in trees(pack))
             part = _Part(self, pack, student, self._evidence(teacher), counts, totals)
@@ -70,7 +84,6 @@ class Scorer:
             loss = part(hidden_states(self.model, student), every)
             if backward:
                 loss.backward()  # type: ignore[no-untyped-call]
-        return totals
 
     @torch.no_grad()
     def _evidence(self, tree: PrefixTree) -> TeacherHidden | TeacherTopK | None:
