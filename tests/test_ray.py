@@ -1,6 +1,7 @@
 """Rollouts and Lean on Ray actors: a real cluster of two nodes on loopback, killed in parts."""
 
 import contextlib
+import copy
 import os
 import signal
 import threading
@@ -20,6 +21,9 @@ from fdfast.rollout.ray_actor import ActorSettings, model_files
 from fdfast.rollout.ray_cluster import join_cluster
 from fdfast.rollout.ray_fleet import RayFleet
 from fdfast.rollout.ray_units import unit_sizes
+from fdfast.trainer import train
+from fdfast.trainer.config_file import make_config
+from fdfast.trainer.metrics import read_jsonl
 from tests.tiny import save_tiny_model
 
 ROOT = str(Path(__file__).parents[1])
@@ -120,6 +124,26 @@ def fleet_of(trained, lean, cluster, lines, **values):
         yield fleet
 
 
+def pid_of(member) -> int:
+    return int(member.where.rpartition(" ")[2])
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def pid_of_raylet(node) -> int:
+    [info] = node.all_processes["raylet"]
+    return info.process.pid
+
+
+def lose(cluster, node, pid: int) -> None:
+    """A machine is gone, with the actor on it: Ray alone would let it end what it has in hand."""
+    os.kill(pid, signal.SIGSTOP)
+    cluster.remove_node(node, allow_graceful=False)
+    os.kill(pid, signal.SIGKILL)
+
+
 def ids_of(tokenizer):
     return lambda problem: tokenizer(problem.prompt).input_ids
 
@@ -152,13 +176,14 @@ def test_attempts_are_those_of_one_process_and_new_weights_reach_every_actor(
     lines = []
     before = signal.getsignal(signal.SIGTERM)
     with two_nodes(monkeypatch) as (cluster, _), fleet_of(trained, lean, cluster, lines) as fleet:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGTERM) is before, "Ray's would save no checkpoint"
         assert len(fleet.members) == 2
         fleet.update_weights(trained[0])
         ours, theirs = here(trained, lean), there(fleet, trained)
         assert_same(ours, theirs)
         kinds = {None if t.verdict is None else t.verdict.kind for t in ours}
         assert {"proved", None} < kinds, kinds
+        trained = (copy.deepcopy(trained[0]), trained[1])
         torch.manual_seed(1)
         with torch.no_grad():
             for parameter in trained[0].parameters():
@@ -169,9 +194,9 @@ def test_attempts_are_those_of_one_process_and_new_weights_reach_every_actor(
         assert_same(changed, there(fleet, trained))
         assert [t.ids for t in changed] != [t.ids for t in ours]
     assert not lines
-    signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.slow
 def test_what_a_killed_actor_or_node_had_in_hand_is_done_again_and_nothing_twice(
     trained, lean, monkeypatch
 ):
@@ -187,7 +212,7 @@ def test_what_a_killed_actor_or_node_had_in_hand_is_done_again_and_nothing_twice
         def kill_an_actor():
             while not fleet.members[1].units:
                 time.sleep(0.005)
-            os.kill(int(fleet.members[1].where.rpartition(" ")[2]), signal.SIGKILL)
+            os.kill(pid_of(fleet.members[1]), signal.SIGKILL)
 
         killer = threading.Thread(target=kill_an_actor)
         killer.start()
@@ -204,10 +229,13 @@ def test_what_a_killed_actor_or_node_had_in_hand_is_done_again_and_nothing_twice
 
         redone = fleet.redone
 
+        lost = next(m for m in fleet.members if parent(pid_of(m)) == pid_of_raylet(other))
+        pid = pid_of(lost)
+
         def kill_the_node():
-            while not all(member.units for member in fleet.members):
+            while not lost.units:
                 time.sleep(0.005)
-            cluster.remove_node(other, allow_graceful=False)
+            lose(cluster, other, pid)
 
         killer = threading.Thread(target=kill_the_node)
         killer.start()
@@ -217,6 +245,7 @@ def test_what_a_killed_actor_or_node_had_in_hand_is_done_again_and_nothing_twice
         assert len(lines) == 2, lines
 
 
+@pytest.mark.slow
 def test_when_no_actor_is_left_the_machine_is_at_fault(trained, lean, monkeypatch):
     lines: list[str] = []
     with (
@@ -227,7 +256,7 @@ def test_when_no_actor_is_left_the_machine_is_at_fault(trained, lean, monkeypatc
     ):
         fleet.update_weights(trained[0])
         fleet.start_timeout_s = 3
-        cluster.remove_node(other, allow_graceful=False)
+        lose(cluster, other, pid_of(fleet.members[0]))
         with pytest.raises(MachineError, match=r"no actor is left.*let machines join"):
             there(fleet, trained)
     assert len(lines) == 1, lines
@@ -243,6 +272,36 @@ def test_an_actor_without_lean_is_given_up_and_no_attempt_is_marked_wrong(
             fleet.update_weights(trained[0])
             assert_same(here(trained, lean), there(fleet, trained))
         assert any("is given up" in line and "/proc/nowhere" in line for line in lines), lines
+
+
+def test_a_run_on_a_cluster_is_the_run_on_one_machine(tmp_path, monkeypatch):
+    values = {
+        "model_name_or_path": str(save_tiny_model(tmp_path / "tiny")),
+        "task": "lean",
+        "feedback": "verifier",
+        "prompts_per_step": 3,
+        "num_generations": 2,
+        "max_completion_length": 8,
+        "learning_rate": 1e-3,
+        "warmup_steps": 1,
+        "max_steps": 2,
+        "save_steps": 0,
+        "save_final_model": False,
+        "lean_workers": 1,
+        "max_prompt_length": 400,
+    }
+    alone = train(make_config(values | {"output_dir": str(tmp_path / "alone")}), quiet=True)
+    with two_nodes(monkeypatch) as (cluster, _):
+        many = {"ray_address": cluster.address, "ray_num_actors": 2, "ray_gpus_per_actor": 0}
+        config = make_config(values | many | {"output_dir": str(tmp_path / "many")})
+        rows = train(config, quiet=True)
+    files = [tmp_path / name / "attempts.jsonl" for name in ("alone", "many")]
+    right_ids, ids = ([row["ids"] for row in read_jsonl(file)] for file in files)
+    assert ids == right_ids
+    assert len(rows) == len(alone) == 2
+    for row, right in zip(rows, alone, strict=True):
+        for name in ("loss", "kl", "entropy", "grad_norm"):
+            assert row[name] == pytest.approx(right[name], rel=1e-3), name
 
 
 def test_no_ray_and_no_cluster_are_one_line(monkeypatch):

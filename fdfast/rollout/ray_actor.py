@@ -91,6 +91,11 @@ class RolloutActor:
             InputError: the engine does not take model or settings.
             MachineError: this machine lacks something, or has another fdfast or Lean.
         """
+        with _named_machine():
+            self._set_up(settings)
+        return f"{platform.node()}, process {os.getpid()}"
+
+    def _set_up(self, settings: ActorSettings) -> None:
         if settings.fdfast_version != fdfast.__version__:
             raise MachineError(
                 f"fdfast {fdfast.__version__} is installed here, {settings.fdfast_version} where "
@@ -109,7 +114,6 @@ class RolloutActor:
         self.engine = _vllm_engine(settings) if settings.use_vllm else _hf_engine(settings)
         # One is sampled, and one more waits for Lean.
         self.threads = ThreadPoolExecutor(3, thread_name_prefix="unit")
-        return f"{platform.node()}, process {os.getpid()}"
 
     def load(self, weights: Mapping[str, Stored], version: int) -> None:
         """Sample from these weights from now on."""
@@ -134,7 +138,8 @@ class RolloutActor:
         attempt.add_done_callback(lambda _: sampled.set())
         sampled.wait()
         if attempt.done():
-            attempt.result()  # an error is told now
+            with _named_machine():
+                attempt.result()  # an error is told now
         self.attempts[unit.number] = attempt
 
     def judged(self, number: int) -> list[Trajectory]:
@@ -143,7 +148,8 @@ class RolloutActor:
         Raises:
             MachineError: Lean cannot be run here.
         """
-        return self.attempts.pop(number).result()
+        with _named_machine():
+            return self.attempts.pop(number).result()
 
     def _attempt(self, unit: Unit, sampled: threading.Event) -> list[Trajectory]:
         @contextlib.contextmanager
@@ -182,6 +188,15 @@ class RolloutActor:
                     f"tool_libraries: {folder} is no folder here; every machine of the cluster "
                     "must have it under this path"
                 )
+
+
+@contextlib.contextmanager
+def _named_machine() -> Iterator[None]:
+    """A fault of the machine says which."""
+    try:
+        yield
+    except MachineError as error:
+        raise MachineError(f"on {platform.node()}: {error}") from error
 
 
 @contextlib.contextmanager

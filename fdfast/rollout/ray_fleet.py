@@ -327,7 +327,7 @@ class RayFleet:
         if not isinstance(error.cause, MachineError):
             raise error
         member = call.member
-        self._last = f"on {member.where or error.ip}: {error.cause}"
+        self._last = str(error.cause)
         units = self._take_back(member)
         self.members.remove(member)
         self.ray.kill(member.handle)
