@@ -91,7 +91,7 @@ def train(
         write_provenance(config, folder, step=state.step)
         provider = make_provider(config, state.teacher.model, state.tokenizer)
         engine = closing.enter_context(
-            contextlib.closing(make_engine(config, state.model, state.tokenizer))
+            contextlib.closing(make_engine(config, state.model, state.tokenizer, lean, screen.say))
         )
         run = _Run(
             config=config,
