@@ -174,8 +174,9 @@ def test_attempts_are_those_of_one_process_and_new_weights_reach_every_actor(
     trained, lean, monkeypatch
 ):
     lines = []
-    before = signal.getsignal(signal.SIGTERM)
-    with two_nodes(monkeypatch) as (cluster, _), fleet_of(trained, lean, cluster, lines) as fleet:
+    with two_nodes(monkeypatch) as (cluster, _), contextlib.ExitStack() as stack:
+        before = signal.getsignal(signal.SIGTERM)
+        fleet = stack.enter_context(fleet_of(trained, lean, cluster, lines))
         assert signal.getsignal(signal.SIGTERM) is before, "Ray's would save no checkpoint"
         assert len(fleet.members) == 2
         fleet.update_weights(trained[0])
