@@ -51,6 +51,22 @@ def test_the_same_seed_gives_the_same_answers_and_another_seed_others(engine):
     assert first != engine.generate(prompts(engine), options, seed=2)
 
 
+def test_a_step_in_parts_of_any_size_gives_the_answers_of_the_whole(engine):
+    prompts = [engine.tokenizer(text).input_ids for text in ("Why?", "x", "Why?", "a + b", "Why?")]
+    options = SamplingOptions(max_completion_length=12)
+    whole = engine.generate(prompts, options, seed=3)
+    for size in (1, 2, 3):
+        parts = [
+            answer
+            for first in range(0, len(prompts), size)
+            for answer in engine.generate(
+                prompts[first : first + size], options, seed=3, first=first
+            )
+        ]
+        assert [answer.ids for answer in parts] == [answer.ids for answer in whole]
+    assert whole[0].ids != whole[2].ids
+
+
 def test_an_answer_ends_with_its_end_token_and_without_padding(engine):
     ends = {engine.tokenizer.eos_token_id, *range(40, 50)}  # a model may have several
     eager = HFEngine(engine.model, engine.tokenizer, batch_size=3)

@@ -25,6 +25,7 @@ class Engine(Protocol):
         options: SamplingOptions,
         *,
         seed: int,
+        first: int = 0,
         tools: MakeTools | None = None,
         on_end: OnEnd | None = None,
     ) -> list[Trajectory]:
@@ -33,7 +34,9 @@ class Engine(Protocol):
         Args:
             prompts: token ids, none empty.
             options: how to sample.
-            seed: of the whole call; the caller's random state is left as it was.
+            seed: of the whole step; the caller's random state is left as it was.
+            first: prompt number n draws as number first + n of the step, so that a step may be
+                made in parts, in any order and on any machine.
             tools: makes the tools of prompt number n; None: there are none.
             on_end: told of each trajectory as it ends, with its prompt's number, in this thread.
 

@@ -20,6 +20,7 @@ def generate(
     prompt: Callable[[Problem], list[int]],
     lean: LeanPool | None = None,
     seed: int = 0,
+    first: int = 0,
     timed: Callable[[str], AbstractContextManager[None]] = lambda stage: contextlib.nullcontext(),
 ) -> list[Trajectory]:
     """An attempt at each problem, checked by Lean.
@@ -34,6 +35,7 @@ def generate(
         prompt: a problem's token ids.
         lean: gives the verdicts; None for none. A chat question has none either way.
         seed: of all of them.
+        first: the place of the first of them in the step; see `Engine.generate`.
         timed: a context manager for each of the stages `rollout` and `verify`, the wait for the
             last verdicts.
 
@@ -50,6 +52,7 @@ def generate(
                 [prompt(problem) for problem in problems],
                 sampling,
                 seed=seed,
+                first=first,
                 tools=tools,
                 on_end=judge.submit,
             )

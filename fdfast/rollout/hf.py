@@ -82,6 +82,7 @@ class HFEngine:
         options: SamplingOptions,
         *,
         seed: int,
+        first: int = 0,
         tools: MakeTools | None = None,
         on_end: OnEnd | None = None,
     ) -> list[Trajectory]:
@@ -103,7 +104,7 @@ class HFEngine:
                 on_end=on_end,
                 max_tool_threads=self.max_tool_threads,
             ) as turns:
-                seen = _Batch(self, turns, seed).run(prompts)
+                seen = _Batch(self, turns, seed, first).run(prompts)
                 self.idle_s = turns.idle_s
                 return seen
         finally:
@@ -132,8 +133,9 @@ class _Row:
 class _Batch:
     """The scheduler of one `generate`."""
 
-    def __init__(self, engine: HFEngine, turns: Turns, seed: int) -> None:
-        self.engine, self.turns, self.options, self.seed = engine, turns, turns.options, seed
+    def __init__(self, engine: HFEngine, turns: Turns, seed: int, first: int) -> None:
+        self.engine, self.turns, self.options = engine, turns, turns.options
+        self.seed, self.first = seed, first
         self.device = next(engine.model.parameters()).device
         self.rows: list[_Row] = []  # that are decoded, in the order of the cache
         self.cache = KVCache()
@@ -159,7 +161,8 @@ class _Batch:
 
     def _new_row(self, number: int, prompt: Sequence[int]) -> _Row:
         draft = self.turns.begin(number, prompt)
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+        place = self.first + number
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + place) % 2**63)
         return _Row(draft, generator, list(prompt)[self.shared.num_columns :])
 
     def _share(self, prompts: Sequence[Sequence[int]]) -> None:

@@ -132,6 +132,7 @@ class VLLMServerEngine:
         options: SamplingOptions,
         *,
         seed: int,
+        first: int = 0,
         tools: MakeTools | None = None,
         on_end: OnEnd | None = None,
     ) -> list[Trajectory]:
@@ -165,6 +166,7 @@ class VLLMServerEngine:
                     prompts,
                     sampler,
                     seed=seed,
+                    first=first,
                     max_running=self.settings.max_concurrency,
                     max_model_len=client.max_model_len,
                 )

@@ -104,7 +104,7 @@ def check_logprobs_mode(options: SamplingOptions, mode: str) -> None:
 
 
 def turn_seed(seed: int, number: int, rounds: int) -> int:
-    """The seed of a turn, 0 to 2**62 - 1, from those of the call, the prompt and the turn."""
+    """The seed of a turn, 0 to 2**62 - 1, from the step's and the places of prompt and turn."""
     digest = hashlib.blake2b(f"{seed}:{number}:{rounds}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2
 
@@ -137,6 +137,7 @@ def run_turns(
     sampler: Sampler,
     *,
     seed: int,
+    first: int = 0,
     max_running: int,
     max_model_len: int,
 ) -> list[Trajectory]:
@@ -146,7 +147,8 @@ def run_turns(
         turns: what lies between turns.
         prompts: see `check_prompts`.
         sampler: samples the turns.
-        seed: of the call.
+        seed: of the step.
+        first: see `Engine.generate`.
         max_running: turns sampled at once.
         max_model_len: tokens of prompt and trajectory; one that reaches it ends with "length".
     """
@@ -167,7 +169,7 @@ def run_turns(
             params = sampling_params(
                 turns.options,
                 sorted(turns.end_ids),
-                seed=turn_seed(seed, draft.number, draft.rounds),
+                seed=turn_seed(seed, first + draft.number, draft.rounds),
                 max_tokens=min(room, turns.tokens_left(draft)),
             )
             sampler.start(draft, params)

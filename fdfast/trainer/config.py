@@ -89,6 +89,12 @@ class TrainConfig:
         vllm_gpu_memory_utilization: share of the GPU's memory for a colocated vLLM.
         vllm_tensor_parallel_size: GPUs of a colocated vLLM.
         vllm_enable_sleep_mode: whether a colocated vLLM gives its memory back during the update.
+        ray_address: a Ray cluster that samples and checks: HOST:PORT of its head, or "auto" for the
+            one that this machine belongs to; "" for none. Each actor has the model (use_vllm: in
+            vLLM), lean_workers and tools of its own; generation_batch_size is for each.
+        ray_num_actors: actors on it; what finds no room joins when there is some.
+        ray_gpus_per_actor: 0 samples on the CPU.
+        ray_cpus_per_actor: as Ray counts them.
         tools: whether the model may write Lean files, check them, and search tool_libraries, before
             it answers; for task lean and a model whose chat template has tools.
         tool_libraries: folders of Lean files to search.
@@ -216,6 +222,10 @@ class TrainConfig:
     vllm_gpu_memory_utilization: float = 0.3
     vllm_tensor_parallel_size: int = 1
     vllm_enable_sleep_mode: bool = False
+    ray_address: str = ""
+    ray_num_actors: int = 1
+    ray_gpus_per_actor: float = 1.0
+    ray_cpus_per_actor: float = 1.0
     tools: bool = False
     tool_libraries: tuple[str, ...] = ()
     max_tool_calling_iterations: int = 8
@@ -361,6 +371,11 @@ class TrainConfig:
                 "config: vllm_server_base_url names the server of vllm_mode 'server', and of no "
                 f"other; got {self.vllm_server_base_url!r} with vllm_mode {self.vllm_mode!r}"
             )
+        if self.ray_address and self.vllm_mode == "server":
+            raise InputError(
+                "config: ray_address has its actors run vLLM themselves; drop vllm_mode 'server', "
+                "or ray_address"
+            )
         if self.tools and self.task != "lean":
             raise InputError(f"config: tools wants task 'lean'; got task {self.task!r}")
         if self.tool_libraries and not self.tools:
@@ -408,6 +423,7 @@ _AT_LEAST_ONE = (
     "max_tool_calling_iterations",
     "max_tool_tokens",
     "vllm_tensor_parallel_size",
+    "ray_num_actors",
     "lean_workers",
     "teacher_ema_every",
     "lora_r",
@@ -421,6 +437,8 @@ _NOT_NEGATIVE = (
     "feedback_budget_usd",
     "top_k",
     "vllm_max_model_length",
+    "ray_gpus_per_actor",
+    "ray_cpus_per_actor",
     "teacher_top_k",
     "entropy_coef",
     "epsilon",

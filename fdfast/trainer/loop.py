@@ -104,7 +104,7 @@ def train(
             take_up_spent(folder, provider.counters, state.feedback)
             state.feedback = provider.counters
         engine = closing.enter_context(
-            contextlib.closing(make_engine(config, state.model, state.tokenizer))
+            contextlib.closing(make_engine(config, state.model, state.tokenizer, lean, screen.say))
         )
         run = _Run(
             config=config,

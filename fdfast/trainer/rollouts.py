@@ -17,6 +17,7 @@ from fdfast.lean.statement import complete_header
 from fdfast.lean.tools import Limits, tool_schemas
 from fdfast.losses import group_advantages
 from fdfast.rollout import Engine, SamplingOptions, Toolboxes, Trajectory, generate
+from fdfast.rollout.ray_fleet import RayFleet
 from fdfast.trainer.batch import Attempt, Prompts
 from fdfast.trainer.config import TrainConfig
 from fdfast.trainer.metrics import Clock
@@ -40,7 +41,7 @@ class Rollouts:
 
     Attributes:
         config: of the run.
-        engine: samples.
+        engine: samples; a fleet has Lean and tools of its own.
         lean: checks; None for chat questions.
         prompts: of student and teacher.
         provider: of feedback; None gives none, and teacher's prompts are the student's.
@@ -49,7 +50,7 @@ class Rollouts:
     """
 
     config: TrainConfig
-    engine: Engine
+    engine: Engine | RayFleet
     lean: LeanPool | None
     prompts: Prompts
     provider: FeedbackProvider | None
@@ -87,23 +88,33 @@ class Rollouts:
                 self.engine.update_weights(weights.model)
             self.synced_step = weights.step
         every = [problem for problem in problems for _ in range(num_generations)]
-        with self._toolboxes() as toolboxes:
-            trajectories = generate(
-                every,
-                self.engine,
-                sampling_options(self.config),
-                toolboxes,
-                prompt=self.prompts.student,
-                lean=self.lean,
-                seed=seed,
-                timed=clock,
-            )
+        trajectories = self._trajectories(every, seed, clock)
         self.engine.sleep()
         with clock("feedback"):
             plain = self._plain(every, trajectories, num_generations)
             if self.provider is None or not feedback:
                 return plain, {}
             return self._with_feedback(plain, self.provider, step=weights.step + 1)
+
+    def _trajectories(
+        self, problems: Sequence[Problem], seed: int, clock: Clock
+    ) -> list[Trajectory]:
+        options = sampling_options(self.config)
+        if isinstance(self.engine, RayFleet):
+            return self.engine.attempt(
+                problems, options, prompt=self.prompts.student, seed=seed, timed=clock
+            )
+        with self._toolboxes() as toolboxes:
+            return generate(
+                problems,
+                self.engine,
+                options,
+                toolboxes,
+                prompt=self.prompts.student,
+                lean=self.lean,
+                seed=seed,
+                timed=clock,
+            )
 
     def _toolboxes(self) -> contextlib.AbstractContextManager[Toolboxes | None]:
         if not self.config.tools:
