@@ -35,6 +35,7 @@ from benchmarks.trainer_cases import (
 
 STEPS = 2  # the last is measured
 EMA_SHARE = 0.95  # what the teacher keeps at every step: TRL's default
+PASS_TOKENS = 1024  # of ours: what shares no prefix is a pass of its own beyond that
 COMMON = {"learning_rate": 1e-5, "max_grad_norm": 1.0, "weight_decay": 0.0, "max_steps": STEPS}
 
 
@@ -174,6 +175,7 @@ def _ours(case: Case, folder: Path, turn: int, probe: Probe, output: Path, preci
         teacher_ema_alpha=EMA_SHARE,
         teacher_ema_every=1,
         warmup_steps=1,
+        max_pass_tokens=PASS_TOKENS,
         **COMMON,
     )
     state = loop._initial_state(config, None)

@@ -1,7 +1,8 @@
 // Bindings only. Tensors arrive as addresses (Tensor.data_ptr()), so the extension needs no torch to build and one
-// build serves every torch; fdfast/cpu/policy_head.py, the only caller, owns shapes and dtypes.
+// build serves every torch; fdfast/cpu, the only caller, owns shapes and dtypes.
 #include <pybind11/pybind11.h>
 
+#include "fused_layers.hpp"
 #include "gemm_bf16.hpp"
 #include "policy_head.hpp"
 
@@ -83,10 +84,42 @@ void bind(py::module_& m, const char* suffix) {
       no_gil);
 }
 
+void bind_fused_layers(py::module_& m) {
+  const py::call_guard<py::gil_scoped_release> no_gil;
+  m.def(
+      "rms_norm",
+      [](uintptr_t x, uintptr_t weight, int64_t R, int64_t D, double eps, int threads, uintptr_t y,
+         uintptr_t inv_rms) {
+        rms_norm(at<const float>(x), at<const float>(weight), R, D, eps, threads, at<float>(y), at<float>(inv_rms));
+      },
+      no_gil);
+  m.def(
+      "rms_norm_grads",
+      [](uintptr_t dy, uintptr_t x, uintptr_t weight, uintptr_t inv_rms, int64_t R, int64_t D, int threads,
+         uintptr_t dx, uintptr_t dweight) {
+        rms_norm_grads(at<const float>(dy), at<const float>(x), at<const float>(weight), at<const float>(inv_rms), R, D,
+                       threads, at<float>(dx), at<float>(dweight));
+      },
+      no_gil);
+  m.def(
+      "swiglu",
+      [](uintptr_t gate, uintptr_t up, int64_t n, int threads, uintptr_t y) {
+        swiglu(at<const float>(gate), at<const float>(up), n, threads, at<float>(y));
+      },
+      no_gil);
+  m.def(
+      "swiglu_grads",
+      [](uintptr_t dy, uintptr_t gate, uintptr_t up, int64_t n, int threads, uintptr_t dgate, uintptr_t dup) {
+        swiglu_grads(at<const float>(dy), at<const float>(gate), at<const float>(up), n, threads, at<float>(dgate),
+                     at<float>(dup));
+      },
+      no_gil);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "The elementwise part of policy_head on the CPU, and products of bfloat16: see the headers of csrc";
+  m.doc() = "The elementwise parts of policy_head and of layers on the CPU, and products of bfloat16: see csrc";
   py::class_<HeadMath>(m, "HeadMath")
       .def(py::init(&head_math), py::kw_only(), py::arg("divergence"), py::arg("alpha"), py::arg("temperature"),
            py::arg("teacher_temperature"), py::arg("softcap"));
@@ -106,6 +139,7 @@ PYBIND11_MODULE(_cpu, m) {
         round_halves(at<uint16_t>(upper), at<const uint16_t>(lower), count, threads);
       },
       py::call_guard<py::gil_scoped_release>());
+  bind_fused_layers(m);
   bind<float>(m, "float32");
   bind<double>(m, "float64");
 }

@@ -7,6 +7,7 @@
 #endif
 #define FDFAST_ROWS avx2
 #include "rows_kernel.hpp"
+#include "fused_layers_kernel.hpp"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

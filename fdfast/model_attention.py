@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fdfast.errors import InputError
+from fdfast.fused_layers import made_again
 from fdfast.packing import PrefixTree
 from fdfast.prefix_attention import prefix_attention
 
@@ -63,7 +64,9 @@ def last_hidden(model: Any, run: Pass, input_ids: Tensor, position_ids: Tensor) 
     config = base.config
     _refuse(model, config, position_ids)
     _register()
-    with _attention(config):
+    checkpointing = getattr(base, "gradient_checkpointing", False)
+    again = torch.is_grad_enabled() and not checkpointing
+    with _attention(config), made_again() if again else contextlib.nullcontext():
         output = base(
             input_ids=input_ids.unsqueeze(0),
             position_ids=position_ids.unsqueeze(0),
@@ -77,7 +80,7 @@ def last_hidden(model: Any, run: Pass, input_ids: Tensor, position_ids: Tensor) 
             "misread a pack"
         )
     hidden: Tensor = output.last_hidden_state[0]
-    if hidden.requires_grad and getattr(base, "gradient_checkpointing", False):
+    if hidden.requires_grad and checkpointing:
         hidden.register_hook(functools.partial(_attend_in_backward, config))  # type: ignore[no-untyped-call]
     return hidden
 

@@ -124,7 +124,7 @@ def test_feedback_that_fails_for_all_loses_no_attempt(tiny, tmp_path, monkeypatc
         def feedback_many(self, items):
             return [None] * len(items)
 
-    monkeypatch.setattr("fdfast.trainer.collect.make_provider", lambda *arguments: Dead())
+    monkeypatch.setattr("fdfast.trainer.collect.make_provider", lambda *arguments, **others: Dead())
     config = TrainConfig(model_name_or_path=str(tiny), **CHAT)
     collect(config, tmp_path, limit=2, quiet=True)
     records = list(read_records(tmp_path / "trajectories.jsonl"))

@@ -229,18 +229,16 @@ def test_the_constant_steps_in_where_the_model_itself_fails(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("who", "alpha", "is_the_teacher"),
-    [("initial", 0.9, False), ("initial", 1.0, True), ("teacher", 0.9, True)],
+    ("who", "is_initial", "is_the_teacher"),
+    [("initial", False, False), ("initial", True, True), ("teacher", False, True)],
 )
 def test_self_is_the_initial_model_unless_the_teacher_is_asked_for(
-    tiny, tmp_path, who, alpha, is_the_teacher
+    tiny, tmp_path, who, is_initial, is_the_teacher
 ):
     """A frozen teacher is the initial model: no second copy then."""
-    config = settings(
-        tiny, tmp_path, feedback="self", feedback_self_model=who, teacher_ema_alpha=alpha
-    )
+    config = settings(tiny, tmp_path, feedback="self", feedback_self_model=who)
     teacher, tokenizer = load_model(tiny)
-    provider = make_provider(config, teacher, tokenizer)
+    provider = make_provider(config, teacher, tokenizer, is_initial=is_initial)
     assert (provider.engine.model is teacher) == is_the_teacher
     for mine, theirs in zip(provider.engine.model.parameters(), teacher.parameters(), strict=True):
         assert torch.equal(mine, theirs)

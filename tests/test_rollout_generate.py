@@ -143,12 +143,12 @@ def test_verdicts_come_while_others_are_sampled(engine, lean, monkeypatch):
     monkeypatch.setattr(LeanPool, "check", check)
     real = engine.generate
 
-    def generating(prompts, options, *, seed, tools, on_end):
+    def generating(prompts, options, *, seed, first, tools, on_end):
         def noted(number, trajectory):
             on_end(number, trajectory)
             ended.append(number)
 
-        return real(prompts, options, seed=seed, tools=tools, on_end=noted)
+        return real(prompts, options, seed=seed, first=first, tools=tools, on_end=noted)
 
     monkeypatch.setattr(engine, "generate", generating)
     generate(

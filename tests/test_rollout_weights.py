@@ -9,7 +9,12 @@ from safetensors.torch import load_file
 
 from fdfast.errors import InputError
 from fdfast.models import load_model
-from fdfast.rollout.weights import checkpoint_weights, save_weights
+from fdfast.rollout.weights import (
+    checkpoint_weights,
+    load_model_weights,
+    model_weights,
+    save_weights,
+)
 from tests.tiny import save_tiny_model
 
 pytestmark = [
@@ -78,3 +83,19 @@ def test_adapters_that_no_checkpoint_can_hold_are_refused(tmp_path, values, word
     model = with_adapters(load_model(save_tiny_model(tmp_path))[0], **values)
     with pytest.raises(InputError, match=words):
         checkpoint_weights(model)
+
+
+def test_weights_of_a_model_make_another_of_its_config_the_same_and_of_no_other(tmp_path):
+    model, _ = load_model(save_tiny_model(tmp_path / "one"))
+    other, _ = load_model(tmp_path / "one")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    load_model_weights(other, model_weights(model).items())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+    some = dict([*model_weights(model).items()][:-1])
+    with pytest.raises(InputError, match=r"1 of the model's tensors are missing"):
+        load_model_weights(other, some.items())
+    with pytest.raises(InputError, match=r"does not fit"):
+        load_model_weights(other, [("lm_head.weight", torch.zeros(2, 2))])

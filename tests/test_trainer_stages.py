@@ -1,6 +1,7 @@
 """GRPO in the trainer, alone, mixed and after distillation: gradients, stages, resume."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from fdfast.errors import InputError
 from fdfast.lean import LeanPool, Verdict
 from fdfast.models import lm_head, load_model
 from fdfast.rollout import Trajectory
+from fdfast.teacher import EMATeacher
 from fdfast.trainer import PRESETS, TrainConfig, train
 from fdfast.trainer.batch import Attempt
 from fdfast.trainer.config_file import make_config
@@ -275,3 +277,40 @@ def test_the_optimizer_is_handed_over_only_where_it_is_asked_to(tiny, tmp_path, 
     reset = [r["loss"] for r in train(run_settings(tiny, tmp_path / "reset"), quiet=True)]
     assert losses[:3] == reset[:3]
     assert losses[4] != reset[4]
+
+
+def test_grpo_alone_makes_no_copy_of_the_model(tiny, tmp_path, judged, monkeypatch):
+    made = []
+
+    def making(*arguments, **values):
+        made.append((arguments[0], teacher := EMATeacher(*arguments, **values)))
+        return teacher
+
+    monkeypatch.setattr("fdfast.trainer.loop.EMATeacher", making)
+    stages = (Stage(max_steps=2, distillation_weight=0.0, num_generations=3),)
+    rows = train(run_settings(tiny, tmp_path, stages=stages), quiet=True)
+    assert len(rows) == 2
+    [(student, teacher)] = made
+    for a, b in zip(student.parameters(), teacher.model.parameters(), strict=True):
+        assert a is b
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_adapters_distillation_then_grpo_resumed_bit_for_bit(tiny, tmp_path, judged, beta):
+    """The reference of beta is the adapters as the stage found them, over the same base."""
+    stages = (
+        Stage(max_steps=2, learning_rate=1e-3),
+        Stage(
+            max_steps=3, distillation_weight=0.0, learning_rate=1e-3, num_generations=3, beta=beta
+        ),
+    )
+    lora = {"use_peft": True, "lora_r": 4, "stages": stages, "save_steps": 1}
+    rows = train(run_settings(tiny, tmp_path, **lora), quiet=True)
+    if beta:
+        assert rows[2]["kl"] == pytest.approx(0.0, abs=1e-6)
+        assert rows[4]["kl"] > 0
+    weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "checkpoint-5")
+    again = train(run_settings(tiny, tmp_path, **lora), resume=True, quiet=True)
+    assert [r["loss"] for r in again] == [r["loss"] for r in rows]
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights

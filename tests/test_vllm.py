@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 import pytest
@@ -28,6 +29,7 @@ from fdfast.rollout import HFEngine, SamplingOptions
 from fdfast.rollout.tool_calls import Call
 from fdfast.rollout.vllm_engine import VLLMEngine
 from fdfast.rollout.vllm_server import VLLMServerEngine
+from tests.tiny import save_tiny_model
 from tests.vllm_process import ENVIRONMENT, KEY, ROOT, server_process
 
 pytestmark = pytest.mark.vllm
@@ -422,3 +424,34 @@ def test_a_server_killed_in_the_middle_loses_no_trajectory_and_gets_its_weights_
     assert sorted(number for number, _ in ended) == list(range(12))
     assert any(after for _, after in ended), "the kill came too late to mean anything"
     check_greedy(restored, seen, student.generate(asked, options, seed=0))
+
+
+def test_an_actor_of_a_cluster_with_vllm_answers_as_transformers(tmp_path, monkeypatch):
+    """Its parts run as Ray calls them: each in another thread; Ray itself is not in this venv."""
+    from fdfast.data.problems import Problem
+    from fdfast.rollout.ray_actor import ActorSettings, RolloutActor, model_files
+    from fdfast.rollout.ray_units import Unit
+    from fdfast.rollout.weights import checkpoint_weights
+
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    model, tokenizer = load_model(save_tiny_model(tmp_path))
+    settings = ActorSettings(
+        model_files(model, tokenizer),
+        batch_size=4,
+        use_vllm=True,
+        vllm_args={"max_model_len": 256, "gpu_memory_utilization": 0.3},
+    )
+    problems = tuple(Problem(text, text) for text in ("Why", "theorem a + b = b + a", "x"))
+    prompts = {problem: tokenizer(problem.prompt).input_ids for problem in problems}
+    options = SamplingOptions(max_completion_length=24, temperature=0.0)
+    actor = RolloutActor()
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as another:
+        one.submit(actor.set_up, settings).result()
+        another.submit(actor.engine.load_weights, checkpoint_weights(model)).result()
+        actor.version = 1
+        one.submit(actor.sample, Unit(0, 0, problems, prompts, options, 0, 1)).result()
+        attempts = another.submit(actor.judged, 0).result()
+    actor.engine.close()
+    right = HFEngine(model, tokenizer).generate([*prompts.values()], options, seed=0)
+    assert [attempt.ids for attempt in attempts] == [attempt.ids for attempt in right]

@@ -22,6 +22,11 @@ VERL_NAMES = {
     "completions/max_length": "response_length/max",
     "completions/min_length": "response_length/min",
     "completions/clipped_ratio": "response_length/clip_ratio",
+    "time/rollout": "timing_s/gen",
+    "time/verify": "timing_s/reward",
+    "time/update": "timing_s/update_actor",
+    "time/weight_sync": "timing_s/update_weights",
+    "time/step": "timing_s/step",
 }
 
 

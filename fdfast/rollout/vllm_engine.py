@@ -11,11 +11,12 @@ import os
 import random
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fdfast.errors import InputError, MachineError
 from fdfast.interrupts import uninterrupted
@@ -24,7 +25,7 @@ from fdfast.rollout.trajectory import SamplingOptions, Trajectory
 from fdfast.rollout.turns import Draft, MakeTools, OnEnd, Turns, end_ids
 from fdfast.rollout.vllm_turns import Sampled, check_logprobs_mode, check_prompts, run_turns
 from fdfast.rollout.vllm_worker import EXTENSION
-from fdfast.rollout.weights import checkpoint_weights, save_weights
+from fdfast.rollout.weights import checkpoint_weights, save_tensors
 
 # What must be equal for one model's weights to fit another.
 _SHAPE = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
@@ -184,12 +185,20 @@ class VLLMEngine:
                     f"update_weights: the model's {name} is {getattr(theirs, name, None)}, vLLM's "
                     f"{getattr(ours, name, None)}; start the engine with a model of the same shape"
                 )
+        self.load_weights(checkpoint_weights(model))
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Likewise from what `checkpoint_weights` gave.
+
+        Raises:
+            MachineError: vLLM could not forget the prefix cache.
+        """
         self._wake()
         if self._worker_is_here:
-            self._load("fdfast_load_tensors", checkpoint_weights(model))
+            self._load("fdfast_load_tensors", dict(weights))
         else:
             with tempfile.TemporaryDirectory(dir=self.weights_dir, prefix="fdfast-") as folder:
-                save_weights(model, Path(folder))
+                save_tensors(weights, Path(folder))
                 self._load("fdfast_load_folder", folder)
 
     def _load(self, method: str, weights: Any) -> None:

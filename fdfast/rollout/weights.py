@@ -1,6 +1,7 @@
 """A model's weights as its checkpoint would hold them, for engines that load checkpoints."""
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,53 @@ def checkpoint_weights(model: Any) -> dict[str, Tensor]:
         InputError: an adapter can't be merged into the weights.
     """
     with torch.no_grad():
-        base = model.get_base_model() if hasattr(model, "peft_config") else model
-        weights = _merged(model) if hasattr(model, "peft_config") else dict(model.state_dict())
-        _drop_tied(base, weights)
+        base, weights = base_model(model), model_weights(model)
         return {name: tensor.detach() for name, tensor in _as_saved(base, weights).items()}
+
+
+def model_weights(model: Any) -> dict[str, Tensor]:
+    """Likewise under the names of the (base) model's own state, for another of its class.
+
+    Raises:
+        InputError: an adapter can't be merged into the weights.
+    """
+    with torch.no_grad():
+        weights = merged_state(model) if hasattr(model, "peft_config") else dict(model.state_dict())
+        _drop_tied(base_model(model), weights)
+        return {name: tensor.detach() for name, tensor in weights.items()}
+
+
+def base_model(model: Any) -> Any:
+    """The causal LM in peft's wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def load_model_weights(model: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy what `model_weights` gave into another model of that class.
+
+    Args:
+        model: a causal LM of transformers; its dtype and device stay.
+        weights: names and tensors; each may be freed as soon as the next is asked for.
+
+    Raises:
+        InputError: a tensor is of another shape, unknown, or missing.
+    """
+    own = model.state_dict()
+    loaded = set()
+    with torch.no_grad():
+        for name, tensor in weights:
+            if name not in own or own[name].shape != tensor.shape:
+                raise InputError(
+                    f"weights: {name} {tuple(tensor.shape)} does not fit {type(model).__name__}; "
+                    "both models must be of one config"
+                )
+            own[name].copy_(tensor)
+            loaded.add(own[name].data_ptr())  # what is tied to it is loaded, too
+    if missing := sorted(name for name, t in own.items() if t.data_ptr() not in loaded):
+        raise InputError(
+            f"weights: {len(missing)} of the model's tensors are missing ({missing[0]}, ...); "
+            "both models must be of one config"
+        )
 
 
 def save_weights(model: Any, folder: Path) -> None:
@@ -44,10 +88,15 @@ def save_weights(model: Any, folder: Path) -> None:
     Raises:
         InputError: see `checkpoint_weights`.
     """
+    save_tensors(checkpoint_weights(model), folder)
+
+
+def save_tensors(weights: Mapping[str, Tensor], folder: Path) -> None:
+    """What `checkpoint_weights` gave in `folder` as safetensors, which vLLM loads."""
     from safetensors.torch import save_file
 
-    weights = {name: tensor.contiguous() for name, tensor in checkpoint_weights(model).items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    whole = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _drop_tied(base: Any, weights: dict[str, Tensor]) -> None:
@@ -75,9 +124,13 @@ def _as_saved(base: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return saved
 
 
-def _merged(model: Any) -> dict[str, Tensor]:
-    """The base model's weights with the active adapters added, computed beside the model: merging
-    in place and back again would change the weights that are trained, by rounding, at each update.
+def merged_state(model: Any) -> dict[str, Tensor]:
+    """The state of a peft model's base with the active adapters added, computed beside the model:
+    merging in place and back again would change the weights that are trained, by rounding, at each
+    update.
+
+    Raises:
+        InputError: an adapter can't be merged into the weights.
     """
     weights: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

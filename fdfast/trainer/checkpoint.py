@@ -1,5 +1,9 @@
 """Checkpoints: whole or not there, and complete, so that a resumed run is the run that never
 stopped.
+
+No state of a random generator is in them: all that is random follows from the seed and the step
+(`rollouts.step_seed`, `loop._order`), as do the data cursor, the stage and the learning rate.
+Alarms follow from metrics.jsonl, whose lines are on the disk before the checkpoint of their step.
 """
 
 import contextlib
@@ -17,8 +21,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fdfast.errors import InputError, MachineError
-from fdfast.files import atomic_dir
-from fdfast.models import free_bytes, save_model
+from fdfast.feedback.ledger import FeedbackCounters
+from fdfast.files import atomic_dir, damage, write_manifest
+from fdfast.lora import save_adapters, save_merged
+from fdfast.models import free_bytes
 from fdfast.teacher import EMATeacher
 from fdfast.trainer.config import TrainConfig
 from fdfast.trainer.master import MasterWeights
@@ -31,6 +37,7 @@ from fdfast.trainer.sharded_checkpoint import (
     sharded_tensors,
 )
 from fdfast.trainer.sharding import WholeCopy
+from fdfast.trainer.student import has_adapters, save_student
 
 NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -47,6 +54,7 @@ class TrainState:
         optimizer: AdamW over `master`.
         step: finished optimizer steps; data and sampling follow from it.
         num_tokens: tokens trained on so far.
+        feedback: what feedback took so far: the budget is the run's, not the process's.
         changing: whether a change of the above is under way, so that it can't be saved.
         sampled: a copy with whole weights of a student that is sharded.
     """
@@ -58,6 +66,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     step: int = 0
     num_tokens: int = 0
+    feedback: FeedbackCounters = dataclasses.field(default_factory=FeedbackCounters)
     changing: bool = False
     sampled: WholeCopy | None = None
 
@@ -78,8 +87,9 @@ def checkpoints(folder: Path) -> list[Path]:
 def save_checkpoint(
     state: TrainState, config: TrainConfig, folder: Path, ranks: Ranks | None = None
 ) -> Path:
-    """Write `folder/checkpoint-<step>` and drop the oldest over config.save_total_limit. Of
-    several ranks each writes its shards, the main one the rest.
+    """Write `folder/checkpoint-<step>` and drop the oldest over config.save_total_limit; those that
+    have lost a file or a part of one count for nothing and stay. Of several ranks each writes its
+    shards, the main one the rest.
 
     Raises:
         MachineError: the disk is too full; checkpoints that were there stay.
@@ -93,27 +103,34 @@ def save_checkpoint(
     else:
         _save_whole(state, config, path)
     if config.save_total_limit and ranks.main:
-        for old in checkpoints(folder)[: -config.save_total_limit]:
+        # Sizes alone: the newest is whole, and to read all the others at each save would take long.
+        whole = [old for old in checkpoints(folder) if not damage(old, checksums=False)]
+        for old in whole[: -config.save_total_limit]:
             shutil.rmtree(old)
     return path
 
 
 def _save_whole(state: TrainState, config: TrainConfig, path: Path) -> None:
+    adapted = has_adapters(state.model)
     saved = {
         "step": state.step,
         "num_tokens": state.num_tokens,
+        "feedback": dataclasses.asdict(state.feedback),
         "optimizer": state.optimizer.state_dict(),
         "teacher": state.teacher.state_dict(),
         "master": state.master.state_dict(),
     }
-    tensors = [*state.model.parameters(), *state.teacher.state_dict()["weights"].values()]
+    tensors = list(state.teacher.state_dict()["weights"].values())
+    # Adapters are saved without their base.
+    tensors += [p for p in state.model.parameters() if p.requires_grad or not adapted]
     tensors += [*state.master.state_dict().values()]
     tensors += [v for s in state.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
     with _writing(path, tensors), atomic_dir(path) as temporary:
-        save_model(state.model, state.tokenizer, temporary / "model")
+        save_student(state.model, state.tokenizer, temporary)
         torch.save(saved, temporary / "state.pt")
         text = json.dumps(dataclasses.asdict(config), indent=2)
         (temporary / "config.json").write_text(text, encoding="utf-8")
+        write_manifest(temporary)
 
 
 def _save_shards(state: TrainState, config: TrainConfig, path: Path, ranks: Ranks) -> None:
@@ -127,16 +144,22 @@ def _save_shards(state: TrainState, config: TrainConfig, path: Path, ranks: Rank
         place = ranks.from_main(temporary)
         save_sharded(tensors, place / SHARDS)
         if ranks.main:
-            save_model(model, state.tokenizer, place / "model")
-            counts = {"step": state.step, "num_tokens": state.num_tokens}
+            save_student(model, state.tokenizer, place)
+            counts = {
+                "step": state.step,
+                "num_tokens": state.num_tokens,
+                "feedback": dataclasses.asdict(state.feedback),
+            }
             (place / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
             text = json.dumps(dataclasses.asdict(config), indent=2)
             (place / "config.json").write_text(text, encoding="utf-8")
+            write_manifest(place)
     ranks.every(None)  # it has its name
 
 
 def save_final_model(state: TrainState, folder: Path, ranks: Ranks | None = None) -> Path:
-    """Write the trained model to `folder/model`, whole or not at all.
+    """Write the trained model to `folder/model`, whole or not at all: adapters merged, which
+    `folder/adapter` has by themselves.
 
     Raises:
         MachineError: the disk is too full.
@@ -144,9 +167,17 @@ def save_final_model(state: TrainState, folder: Path, ranks: Ranks | None = None
     path, model, ranks = folder / "model", state.whole_model(), ranks or Ranks()
     with ranks.together():
         if ranks.main:
-            with _writing(path, list(model.parameters())), atomic_dir(path) as temporary:
-                save_model(model, state.tokenizer, temporary)
+            _write_final(model, state.tokenizer, path)
     return path
+
+
+def _write_final(model: Any, tokenizer: Any, path: Path) -> None:
+    with _writing(path, list(model.parameters())), atomic_dir(path) as temporary:
+        save_merged(model, tokenizer, temporary)
+    if has_adapters(model):
+        own, adapter = [p for p in model.parameters() if p.requires_grad], path.parent / "adapter"
+        with _writing(adapter, own), atomic_dir(adapter) as temporary:
+            save_adapters(model, tokenizer, temporary)
 
 
 @contextlib.contextmanager
@@ -240,8 +271,10 @@ def restore(state: TrainState, path: Path) -> None:
             state.teacher.load_state_dict(saved["teacher"])
             state.master.load_state_dict(saved["master"])
         state.step, state.num_tokens = saved["step"], saved["num_tokens"]
+        state.feedback = FeedbackCounters(**saved["feedback"])
     except (  # what torch.load and the two load_state_dict raise on bytes that are not theirs
-        OSError, EOFError, RuntimeError, LookupError, ValueError, pickle.UnpicklingError,
+        OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError,
+        pickle.UnpicklingError,
     ) as error:  # fmt: skip
         raise InputError(
             f"{path}: can't be resumed ({' '.join(str(error).split())[:200]}); it is damaged or of "

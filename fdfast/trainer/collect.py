@@ -86,10 +86,12 @@ def collect(
         model, tokenizer = load_model(config.model_name_or_path, dtype=config.dtype)
         prompts = Prompts(tokenizer, config, schemas(config))
         check_problems(problems, prompts, lean)
-        provider = make_provider(config, model, tokenizer) if feedback else None
-        engine = stack.enter_context(closing(make_engine(config, model, tokenizer)))
-        # An engine in this process has these weights; a server may have any.
-        there = 0 if config.vllm_mode == "colocate" else None
+        provider = make_provider(config, model, tokenizer, is_initial=True) if feedback else None
+        engine = stack.enter_context(
+            closing(make_engine(config, model, tokenizer, lean, screen.say))
+        )
+        # An engine in this process has these weights; a server may have any, an actor none.
+        there = 0 if config.vllm_mode == "colocate" and not config.ray_address else None
         rollouts = Rollouts(config, engine, lean, prompts, provider, there, may_fail=True)
         _collect(rollouts, Student(model), problems, tokenizer, writer, screen)
 

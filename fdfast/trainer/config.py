@@ -22,6 +22,13 @@ class TrainConfig:
     Names are TRL's where TRL has one. Attributes:
         model_name_or_path: a folder, a hub name, or "demo" (SmolLM2-135M-Instruct).
         dtype: of the trained weights: float32, bfloat16, float16.
+        use_peft: whether LoRA adapters alone are trained; the final model has them merged, and
+            output_dir/adapter has them by themselves.
+        lora_r: rank of an adapter.
+        lora_alpha: an adapter is lora_alpha / lora_r * B A.
+        lora_dropout: of an adapter's input.
+        lora_target_modules: last parts of the names of layers that get one (q_proj, v_proj); () for
+            every linear layer but the head.
         task: chat (questions without a check) or lean (theorems, checked by Lean).
         dataset: a file or folder of theorems or hf:OWNER/NAME, in the fields of miniF2F or another
             published set (data.jsonl.read_theorems); for chat a JSONL file of questions.
@@ -57,7 +64,8 @@ class TrainConfig:
         feedback_max_retries: requests sent again for one answer, after an error.
         feedback_timeout_s: seconds that one request may take.
         feedback_prices_usd: US dollars per million tokens of prompts and of answers.
-        feedback_budget_tokens: of this process in all; 0 for no limit. Cached answers cost nothing.
+        feedback_budget_tokens: of the run in all, resumes included; 0 for no limit. Cached answers
+            cost nothing.
         feedback_budget_usd: likewise.
 
         prompts_per_step: problems a step.
@@ -81,6 +89,12 @@ class TrainConfig:
         vllm_gpu_memory_utilization: share of the GPU's memory for a colocated vLLM.
         vllm_tensor_parallel_size: GPUs of a colocated vLLM.
         vllm_enable_sleep_mode: whether a colocated vLLM gives its memory back during the update.
+        ray_address: a Ray cluster that samples and checks: HOST:PORT of its head, or "auto" for the
+            one that this machine belongs to; "" for none. Each actor has the model (use_vllm: in
+            vLLM), lean_workers and tools of its own; generation_batch_size is for each.
+        ray_num_actors: actors on it; what finds no room joins when there is some.
+        ray_gpus_per_actor: 0 samples on the CPU.
+        ray_cpus_per_actor: as Ray counts them.
         tools: whether the model may write Lean files, check them, and search tool_libraries, before
             it answers; for task lean and a model whose chat template has tools.
         tool_libraries: folders of Lean files to search.
@@ -112,8 +126,12 @@ class TrainConfig:
         grad_filter: see policy_head; None is exact.
         workspace_mb: see policy_head.
         backend: see policy_head.
-        teacher_ema_alpha: the share the teacher keeps at an update; 1 is a frozen teacher.
-        teacher_ema_every: optimizer steps between updates.
+        teacher_kind: ema (the paper's), frozen (the initial model), periodic (the student as it was
+            at the last update) or live (the student itself). Where no stage distills there is none.
+        teacher_ema_alpha: of kind ema, the share it keeps at an update; 1 is a frozen teacher.
+        teacher_ema_every: optimizer steps between updates, of kinds ema and periodic.
+        teacher_scoring_dtype: of the teacher's passes: "" for dtype, or bfloat16.
+        teacher_master_device: of ema's float32 copy: "" for beside the model, or cpu.
 
         learning_rate: the peak.
         lr_scheduler_type: constant_with_warmup or linear (to 0 at max_steps).
@@ -151,6 +169,11 @@ class TrainConfig:
 
     model_name_or_path: str = "demo"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    use_peft: bool = False
+    lora_r: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    lora_target_modules: tuple[str, ...] = ()
     task: Literal["chat", "lean"] = "lean"
     dataset: str = "base_theorems"
     dataset_split: str = "train"
@@ -199,6 +222,10 @@ class TrainConfig:
     vllm_gpu_memory_utilization: float = 0.3
     vllm_tensor_parallel_size: int = 1
     vllm_enable_sleep_mode: bool = False
+    ray_address: str = ""
+    ray_num_actors: int = 1
+    ray_gpus_per_actor: float = 1.0
+    ray_cpus_per_actor: float = 1.0
     tools: bool = False
     tool_libraries: tuple[str, ...] = ()
     max_tool_calling_iterations: int = 8
@@ -227,8 +254,11 @@ class TrainConfig:
     grad_filter: float | None = None
     workspace_mb: float = DEFAULT_WORKSPACE_MB
     backend: str = "auto"
+    teacher_kind: Literal["ema", "frozen", "live", "periodic"] = "ema"
     teacher_ema_alpha: float = 0.9
     teacher_ema_every: int = 5
+    teacher_scoring_dtype: Literal["", "bfloat16"] = ""
+    teacher_master_device: Literal["", "cpu"] = ""
 
     learning_rate: float = 1e-5
     lr_scheduler_type: Literal["constant_with_warmup", "linear"] = "constant_with_warmup"
@@ -296,6 +326,7 @@ class TrainConfig:
             ),
             ("adam_beta1", self.adam_beta1, 0 <= self.adam_beta1 < 1, "[0, 1)"),
             ("adam_beta2", self.adam_beta2, 0 <= self.adam_beta2 < 1, "[0, 1)"),
+            ("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "[0, 1)"),
             ("grad_filter", self.grad_filter, 0 <= (self.grad_filter or 0) < 1, "[0, 1)"),
         ):
             if not holds:
@@ -339,6 +370,11 @@ class TrainConfig:
             raise InputError(
                 "config: vllm_server_base_url names the server of vllm_mode 'server', and of no "
                 f"other; got {self.vllm_server_base_url!r} with vllm_mode {self.vllm_mode!r}"
+            )
+        if self.ray_address and self.vllm_mode == "server":
+            raise InputError(
+                "config: ray_address has its actors run vLLM themselves; drop vllm_mode 'server', "
+                "or ray_address"
             )
         if self.tools and self.task != "lean":
             raise InputError(f"config: tools wants task 'lean'; got task {self.task!r}")
@@ -387,8 +423,10 @@ _AT_LEAST_ONE = (
     "max_tool_calling_iterations",
     "max_tool_tokens",
     "vllm_tensor_parallel_size",
+    "ray_num_actors",
     "lean_workers",
     "teacher_ema_every",
+    "lora_r",
     "max_steps",
     "max_pass_tokens",
     "alarm_window",
@@ -399,6 +437,8 @@ _NOT_NEGATIVE = (
     "feedback_budget_usd",
     "top_k",
     "vllm_max_model_length",
+    "ray_gpus_per_actor",
+    "ray_cpus_per_actor",
     "teacher_top_k",
     "entropy_coef",
     "epsilon",
@@ -425,4 +465,5 @@ _POSITIVE = (
     "vllm_importance_sampling_clip_max",
     "lean_timeout_s",
     "adam_epsilon",
+    "lora_alpha",
 )

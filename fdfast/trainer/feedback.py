@@ -72,19 +72,24 @@ def check_key(config: "TrainConfig") -> None:
         api_key(config.feedback_api_key_env)
 
 
-def make_provider(config: "TrainConfig", teacher: Any, tokenizer: Any) -> FeedbackProvider:
+def make_provider(
+    config: "TrainConfig", teacher: Any, tokenizer: Any, *, is_initial: bool
+) -> FeedbackProvider:
     """The provider of `config.feedback`, with another one for its failures if the settings say so.
 
     Args:
         config: of the run.
-        teacher: the model of source self, if the settings say so.
+        teacher: the model of source self, if the settings say so or it is the initial one.
         tokenizer: its tokenizer.
+        is_initial: whether the teacher is the initial model and stays it.
 
     Raises:
         InputError: the endpoint's key is missing, or the model has no chat template.
         MachineError: a package is missing, or the cache can't be used.
     """
-    provider, *others = [_provider(s, config, teacher, tokenizer) for s in _sources(config)]
+    provider, *others = [
+        _provider(s, config, teacher, tokenizer, is_initial) for s in _sources(config)
+    ]
     return WithFallback(provider, others[0]) if others else provider
 
 
@@ -93,7 +98,9 @@ def _sources(config: "TrainConfig") -> list[str]:
     return [s for s in (config.feedback, config.feedback_on_failure) if s != "skip"]
 
 
-def _provider(source: str, config: "TrainConfig", teacher: Any, tokenizer: Any) -> FeedbackProvider:
+def _provider(
+    source: str, config: "TrainConfig", teacher: Any, tokenizer: Any, is_initial: bool
+) -> FeedbackProvider:
     if source == "llm":
         return LLMFeedback(_llm_settings(config))
     if source != "self":
@@ -105,7 +112,7 @@ def _provider(source: str, config: "TrainConfig", teacher: Any, tokenizer: Any) 
         top_k=config.top_k,
     )
     model = teacher
-    if config.feedback_self_model == "initial" and config.teacher_ema_alpha < 1:
+    if config.feedback_self_model == "initial" and not is_initial:
         model, _ = load_model(config.model_name_or_path, dtype=config.dtype)
         model.requires_grad_(False)
     return SelfFeedback(

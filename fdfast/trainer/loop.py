@@ -7,9 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
 import random
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,15 +16,15 @@ import torch
 
 from fdfast.data.problems import Problem
 from fdfast.errors import InputError, MachineError
-from fdfast.files import atomic_dir
+from fdfast.feedback import FeedbackProvider
+from fdfast.fused_layers import fuse_layers
 from fdfast.losses import FeedbackDistillationLoss, GRPOLoss
-from fdfast.models import HeadWeights, lm_head, load_model, save_model
+from fdfast.models import HeadWeights, lm_head
 from fdfast.teacher import EMATeacher
 from fdfast.trainer.batch import Attempt, Prompts
 from fdfast.trainer.checkpoint import (
     TrainState,
     check_settings,
-    checkpoints,
     restore,
     save_checkpoint,
     save_final_model,
@@ -49,10 +47,18 @@ from fdfast.trainer.rollouts import (
     step_seed,
     told,
 )
+from fdfast.trainer.run_folder import (
+    find_start,
+    open_folder,
+    run_lock,
+    take_up_spent,
+    write_spent,
+)
 from fdfast.trainer.scoring import Scorer
 from fdfast.trainer.screen import Screen
 from fdfast.trainer.sharding import WholeCopy, shard, whole
-from fdfast.trainer.stages import Place, place, total_steps
+from fdfast.trainer.stages import Place, distills, place, total_steps
+from fdfast.trainer.student import Adapters, keep_reference, load_reference, load_student
 
 
 def train(
@@ -81,7 +87,8 @@ def _train_on(
 ) -> list[dict[str, Any]]:
     folder = Path(config.output_dir)
     with ranks.together():
-        newest = _check_folder(folder, resume=resume)
+        found = find_start(folder, resume=resume)
+        newest = found.checkpoint
         if newest is not None:
             check_settings(config, newest)
         check_key(config)
@@ -94,6 +101,8 @@ def _train_on(
         lean_pool(config) as lean,
         contextlib.ExitStack() as closing,
     ):
+        for line in found.lines():
+            screen.say(f"{folder}: {line}")
         screen.say(f"{folder}: loading {newest or config.model_name_or_path}")
         state = _initial_state(config, newest, ranks)
         sampled = state.whole_model()
@@ -101,11 +110,15 @@ def _train_on(
             prompts = Prompts(state.tokenizer, config, schemas(config))
             check_problems([*problems, *held_out], prompts, lean)
             if ranks.main:
-                _open_folder(folder, newest)
+                closing.enter_context(run_lock(folder))
+                open_folder(folder, found)
                 write_provenance(config, folder, step=state.step)
-            provider = make_provider(config, state.teacher.model, state.tokenizer)
+            provider = _provider(config, state)
+            if provider is not None and provider.counters is not None:
+                take_up_spent(folder, provider.counters, state.feedback)
+                state.feedback = provider.counters
             engine = closing.enter_context(
-                contextlib.closing(make_engine(config, sampled, state.tokenizer))
+                contextlib.closing(make_engine(config, sampled, state.tokenizer, lean, screen.say))
             )
             log = MetricsLog(folder, step=state.step, writes=ranks.main)
         run = _Run(
@@ -184,6 +197,8 @@ def _train(run: _Run) -> None:
         attempts, counts = run.rollouts.attempts(
             chosen, count, seed, state, clock, feedback=feedback
         )
+        if counts and run.ranks.main:
+            write_spent(Path(config.output_dir), state.feedback)
         with clock("update"):
             metrics: dict[str, Any] = _gradients(run, scorer, attempts) | counts
         shared = _of_all_ranks(run, attempts)
@@ -275,41 +290,17 @@ def _lines(run: _Run, attempts: list[Attempt], seed: int) -> list[dict[str, Any]
     )
 
 
-def _check_folder(folder: Path, *, resume: bool) -> Path | None:
-    """The checkpoint to resume, or None to begin; nothing is written yet.
-
-    Raises:
-        InputError: the folder can't be written, holds a run, or has nothing to resume.
-    """
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f"output_dir {folder}: {there} is no folder that can be written to")
-    rows, saved = read_jsonl(folder / "metrics.jsonl"), checkpoints(folder)
-    if resume and not saved and not rows:
-        raise InputError(f"{folder}: --resume found no run there; drop it to begin one")
-    if not resume and (saved or any(row["step"] > 0 for row in rows)):
-        raise InputError(
-            f"{folder}: holds a run already; go on with it (--resume), or name another output_dir"
-        )
-    return saved[-1] if resume and saved else None
-
-
-def _open_folder(folder: Path, newest: Path | None) -> None:
-    """Make it; of a run that ended before its first checkpoint the lines are kept beside."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics", "attempts"):
-        if newest is None and (folder / f"{name}.jsonl").exists():
-            (folder / f"{name}.jsonl").replace(folder / f"{name}.old.jsonl")
-
-
 def _initial_state(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> TrainState:
     with ranks.together():
         if config.dtype == "float16":
             raise InputError("dtype=float16 can't be trained without loss scaling; take bfloat16")
-        source = config.model_name_or_path if checkpoint is None else checkpoint / "model"
-        model, tokenizer = load_model(source, dtype=config.dtype)
+        model, tokenizer = load_student(
+            config.model_name_or_path,
+            dtype=config.dtype,
+            adapters=_adapters(config),
+            saved=checkpoint,
+        )
+    fuse_layers(model)  # before the teacher and what samples are copied
     sampled = None
     if ranks.device is not None:
         # vLLM takes its weights from anywhere, and has a copy of its own on the GPU.
@@ -317,7 +308,14 @@ def _initial_state(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -
         sampled = WholeCopy(model, place)
     cut = None if ranks.device is None else functools.partial(shard, device=ranks.device)
     teacher = EMATeacher(
-        model, alpha=config.teacher_ema_alpha, every=config.teacher_ema_every, prepare=cut
+        model,
+        # Nobody asks it in a run of GRPO alone: live is no copy.
+        kind=config.teacher_kind if distills(config) else "live",
+        alpha=config.teacher_ema_alpha,
+        every=config.teacher_ema_every,
+        scoring_dtype=config.teacher_scoring_dtype if distills(config) else "",
+        master_device=config.teacher_master_device,
+        prepare=cut,
     )
     if config.gradient_checkpointing:
         # transformers 5.2x renamed it and warns at the old name, which 5.17 alone has.
@@ -333,11 +331,32 @@ def _initial_state(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
+        fused=True,
     )
     state = TrainState(model, tokenizer, teacher, master, optimizer, sampled=sampled)
     if checkpoint is not None:
         restore(state, checkpoint)
     return state
+
+
+def _provider(config: TrainConfig, state: TrainState) -> FeedbackProvider | None:
+    """None where no stage asks for feedback: one of source self may hold a model."""
+    if not distills(config):
+        return None
+    teacher = state.teacher
+    return make_provider(config, teacher.model, state.tokenizer, is_initial=teacher.frozen)
+
+
+def _adapters(config: TrainConfig) -> Adapters | None:
+    if not config.use_peft:
+        return None
+    return Adapters(
+        rank=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        seed=config.seed,
+    )
 
 
 def _scorer(run: _Run, at: Place) -> Scorer:
@@ -354,17 +373,12 @@ def _reference(run: _Run, at: Place) -> Any:
     student = run.state.whole_model() if at.step == 0 else None
     with run.ranks.together():
         if student is not None and run.ranks.main:
-            if path.exists():  # of a run that was resumed from before this stage
-                shutil.rmtree(path)
-            with atomic_dir(path) as temporary:
-                save_model(student, run.state.tokenizer, temporary)
+            keep_reference(student, run.state.tokenizer, path)
     with run.ranks.together():
-        model, _ = load_model(path, dtype=run.config.dtype)
-        model.requires_grad_(False)
+        reference = load_reference(run.state.model, path, dtype=run.config.dtype)
     if run.ranks.device is not None:
-        shard(model, run.ranks.device)
-        return model
-    return model.to(next(run.state.model.parameters()).device)
+        shard(reference, run.ranks.device)
+    return reference
 
 
 def _loss(config: TrainConfig, head: HeadWeights) -> FeedbackDistillationLoss | GRPOLoss:

@@ -2,9 +2,10 @@
 
 import json
 import math
+import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,12 @@ class MetricsLog:
     def __init__(self, folder: Path, *, step: int, writes: bool = True) -> None:
         self.metrics, self.attempts = folder / "metrics.jsonl", folder / "attempts.jsonl"
         self.writes = writes
-        for path in (self.metrics, self.attempts) if writes else ():
-            _cut_back(path, step)
-        kept = [r for r in read_jsonl(self.metrics) if step and r["step"] <= step]
+        if writes:
+            _cut_back(self.metrics, step)
+        kept = [r for r in read_jsonl(self.metrics) if r["step"] <= step]
         self.evaluated = {r["step"] for r in kept if "eval_loss" in r}
+        if writes:
+            _cut_back(self.attempts, step, self.evaluated)
         self.history = [_watched(r) for r in kept if "eval_loss" not in r]
 
     def write_evaluation(
@@ -48,25 +51,34 @@ class MetricsLog:
         self.evaluated.add(step)
 
     def write(self, metrics: dict[str, Any], attempts: list[dict[str, Any]]) -> None:
-        """Add one step's metrics and attempts; each line is on disk when this returns. A number
-        that is not finite, which JSON has not, is null.
+        """Add one step's metrics and attempts; each line is on disk when this returns, the
+        attempts first: a line of metrics says that all of them are. A number that is not finite,
+        which JSON has not, is null.
         """
         metrics = {name: _json_number(value) for name, value in metrics.items()}
         if "eval_loss" not in metrics:
             self.history.append(_watched(metrics))
         if not self.writes:
             return
-        for path, rows in ((self.metrics, [metrics]), (self.attempts, attempts)):
+        for path, rows in ((self.attempts, attempts), (self.metrics, [metrics])):
             with path.open("a", encoding="utf-8") as file:
                 file.write("".join(_line(row) for row in rows))
+                file.flush()
+                os.fsync(file.fileno())
 
 
 # How a line begins that `rollout.records` wrote: the step without the long lists behind it.
 _BEGINNING = re.compile(rb'\{"format": \d+, "problem": "(?:[^"\\]|\\.)*", "step": (\d+),')
 
 
-def _cut_back(path: Path, step: int) -> None:
+# How an evaluation's attempt ends (`write_evaluation`).
+_ENDING = b'"evaluation": true}\n'
+
+
+def _cut_back(path: Path, step: int, evaluated: Container[int] | None = None) -> None:
     """Drop the lines beyond a step, and a last one that a crash tore; one line in memory at once.
+    With `evaluated`, the attempts of evaluations at other steps go too: their metrics were never
+    written, so they are made again.
 
     Raises:
         InputError: a line in the middle is torn.
@@ -76,7 +88,11 @@ def _cut_back(path: Path, step: int) -> None:
             return
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if line.endswith(b"\n") and _step_of(line, f"{path}:{number}") <= step:
+                if not line.endswith(b"\n"):
+                    continue
+                of = _step_of(line, f"{path}:{number}")
+                lost = evaluated is not None and line.endswith(_ENDING) and of not in evaluated
+                if of <= step and not lost:
                     kept.write(line)
 
 

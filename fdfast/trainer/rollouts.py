@@ -17,6 +17,7 @@ from fdfast.lean.statement import complete_header
 from fdfast.lean.tools import Limits, tool_schemas
 from fdfast.losses import group_advantages
 from fdfast.rollout import Engine, SamplingOptions, Toolboxes, Trajectory, generate
+from fdfast.rollout.ray_fleet import RayFleet
 from fdfast.trainer.batch import Attempt, Prompts
 from fdfast.trainer.config import TrainConfig
 from fdfast.trainer.metrics import Clock
@@ -40,7 +41,7 @@ class Rollouts:
 
     Attributes:
         config: of the run.
-        engine: samples.
+        engine: samples; a fleet has Lean and tools of its own.
         lean: checks; None for chat questions.
         prompts: of student and teacher.
         provider: of feedback; None gives none, and teacher's prompts are the student's.
@@ -50,7 +51,7 @@ class Rollouts:
     """
 
     config: TrainConfig
-    engine: Engine
+    engine: Engine | RayFleet
     lean: LeanPool | None
     prompts: Prompts
     provider: FeedbackProvider | None
@@ -90,24 +91,35 @@ class Rollouts:
             self.synced_step = weights.step
         first, own = self.ranks.share(problems)
         every = [problem for problem in own for _ in range(num_generations)]
-        with self.ranks.together(), self._toolboxes() as toolboxes:
-            trajectories = generate(
-                every,
-                self.engine,
-                sampling_options(self.config),
-                toolboxes,
-                prompt=self.prompts.student,
-                lean=self.lean,
-                seed=seed,
-                first=first * num_generations,
-                timed=clock,
-            )
+        with self.ranks.together():
+            trajectories = self._trajectories(every, seed, first * num_generations, clock)
         self.engine.sleep()
         with clock("feedback"):
             plain = self._plain(every, trajectories, num_generations)
             if self.provider is None or not feedback:
                 return plain, {}
             return self._with_feedback(plain, self.provider, step=weights.step + 1)
+
+    def _trajectories(
+        self, problems: Sequence[Problem], seed: int, first: int, clock: Clock
+    ) -> list[Trajectory]:
+        options = sampling_options(self.config)
+        if isinstance(self.engine, RayFleet):
+            return self.engine.attempt(
+                problems, options, prompt=self.prompts.student, seed=seed, timed=clock
+            )
+        with self._toolboxes() as toolboxes:
+            return generate(
+                problems,
+                self.engine,
+                options,
+                toolboxes,
+                prompt=self.prompts.student,
+                lean=self.lean,
+                seed=seed,
+                first=first,
+                timed=clock,
+            )
 
     def _toolboxes(self) -> contextlib.AbstractContextManager[Toolboxes | None]:
         if not self.config.tools:
@@ -183,6 +195,15 @@ def check_for_ranks(config: TrainConfig, ranks: Ranks) -> None:
             f"vllm_mode 'server' with {ranks.size} ranks: each would send it its weights; take "
             "vllm_mode 'colocate', or one rank"
         )
+    alone = {
+        "ray_address": bool(config.ray_address),
+        "use_peft": config.use_peft,
+        "teacher_kind live": config.teacher_kind == "live",
+        "teacher_scoring_dtype": bool(config.teacher_scoring_dtype),
+        "teacher_master_device": bool(config.teacher_master_device),
+    }
+    if refused := [name for name, asked in alone.items() if asked]:
+        raise InputError(f"{refused[0]} is for one rank; got {ranks.size}: drop it, or take one")
     own = "self" in (config.feedback, config.feedback_on_failure)
     if own and config.feedback_self_model == "teacher":
         raise InputError(

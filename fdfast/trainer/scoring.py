@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fdfast.cpu.gemm import fast_gemms, onednn_keeps_float32
 from fdfast.errors import InputError
 from fdfast.losses import FeedbackDistillationLoss, GRPOLoss, LossOutput
 from fdfast.models import HeadWeights, hidden_states, lm_head
@@ -91,17 +92,18 @@ class Scorer:
         backward: bool,
     ) -> None:
         device = next(self.model.parameters()).device
-        student, teacher = (tree.to(device) for tree in trees(pack))
-        part = _Part(self, pack, student, self._evidence(teacher), counts, totals)
-        budget = self.config.max_pass_tokens
-        if backward and student.num_tokens > budget:
-            backward_in_parts(self.model, student, part, max_tokens=budget)
-            return
-        part.look_up()
-        every = torch.arange(len(student.target_ids), device=student.target_ids.device)
-        loss = inside(self.model, lambda: part(hidden_states(self.model, student), every))
-        if backward:
-            loss.backward()  # type: ignore[no-untyped-call]
+        with fast_gemms(device.type == "cpu" and onednn_keeps_float32()):
+            student, teacher = (tree.to(device) for tree in trees(pack))
+            part = _Part(self, pack, student, self._evidence(teacher), counts, totals)
+            budget = self.config.max_pass_tokens
+            if backward and student.num_tokens > budget:
+                backward_in_parts(self.model, student, part, max_tokens=budget)
+                return
+            part.look_up()
+            every = torch.arange(len(student.target_ids), device=student.target_ids.device)
+            loss = inside(self.model, lambda: part(hidden_states(self.model, student), every))
+            if backward:
+                loss.backward()  # type: ignore[no-untyped-call]
 
     def _empty_pass(self, *, backward: bool) -> None:
         with torch.no_grad():

@@ -79,6 +79,11 @@ def total_steps(config: "TrainConfig") -> int:
     return sum(stage.max_steps for stage in config.stages) or config.max_steps
 
 
+def distills(config: "TrainConfig") -> bool:
+    """Whether a stage asks the teacher."""
+    return any(settings.distillation_weight > 0 for settings in stage_configs(config))
+
+
 def place(config: "TrainConfig", step: int) -> Place:
     """Where the step that follows `step` finished ones lies; past the end, in the last stage."""
     position = 0
