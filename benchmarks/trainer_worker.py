@@ -164,6 +164,7 @@ def _ours(case: Case, folder: Path, turn: int, probe: Probe, output: Path, preci
     from fdfast.trainer import loop, scoring
     from fdfast.trainer.config import TrainConfig
     from fdfast.trainer.metrics import MetricsLog
+    from fdfast.trainer.ranks import Ranks
     from fdfast.trainer.stages import place
 
     config = TrainConfig(
@@ -178,12 +179,13 @@ def _ours(case: Case, folder: Path, turn: int, probe: Probe, output: Path, preci
         max_pass_tokens=PASS_TOKENS,
         **COMMON,
     )
-    state = loop._initial_state(config, None)
+    ranks = Ranks()
+    state = loop._initial_state(config, None, ranks)
     attempts = _attempts(make_batch(case, state.tokenizer, turn), case)
     probe.watch(state.model, "student")
     probe.watch(state.teacher.model, "teacher")
     nothing: Any = None
-    run = loop._Run(config, state, [], [], nothing, MetricsLog(output, step=0), nothing)
+    run = loop._Run(config, state, [], [], nothing, MetricsLog(output, step=0), nothing, ranks)
     at = place(config, 0)
     scorer = loop._scorer(run, at)
     with mock.patch.object(scoring._Part, "__call__", probe.inside(scoring._Part.__call__)):
