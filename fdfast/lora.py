@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fdfast.errors import InputError, MachineError
-from fdfast.models import save_model
+from fdfast.models import has_adapters, save_model
 from fdfast.rollout.weights import merged_state
 
 _FACTOR = re.compile(r"(.+)\.lora_[AB]\.(\w+)\.weight")
@@ -100,7 +100,7 @@ def save_adapters(model: Any, tokenizer: Any, folder: Path) -> None:
 
 def save_merged(model: Any, tokenizer: Any, folder: Path) -> None:
     """The base model with the adapters in its weights; transformers and vLLM load it."""
-    if not hasattr(model, "peft_config"):
+    if not has_adapters(model):
         save_model(model, tokenizer, folder)
         return
     base = model.get_base_model()

@@ -215,6 +215,11 @@ def hidden_states(model: Any, tree: PrefixTree, *, backend: str = "auto") -> Ten
     return hidden_TD.index_select(0, tree.logits_index)
 
 
+def has_adapters(model: Any) -> bool:
+    """Whether the model is peft's wrapper of one."""
+    return hasattr(model, "peft_config")
+
+
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """The model and tokenizer in a folder that any Hugging Face library loads."""
     model.save_pretrained(folder)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fdfast.errors import InputError
 from fdfast.lora import DeltaLinear, adapted_layers
+from fdfast.models import has_adapters
 
 KINDS = ("ema", "frozen", "live", "periodic")
 SCORING_DTYPES = ("", "bfloat16")
@@ -85,7 +86,7 @@ class EMATeacher:
         self.model: Any = _sharing_copy(student, trained).eval()
         if narrows:
             self.model = self.model.to(getattr(torch, scoring_dtype))
-        if self.kind == "ema" and hasattr(student, "peft_config"):
+        if self.kind == "ema" and has_adapters(student):
             self.model, self.products = _with_deltas(self.model)
             self.names = frozenset(self.products)
         else:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fdfast.errors import InputError
+from fdfast.models import has_adapters
 
 _PEFT = "base_model.model."
 # Of plain LoRA, what `get_delta_weight` reads.
@@ -40,14 +41,14 @@ def model_weights(model: Any) -> dict[str, Tensor]:
         InputError: an adapter can't be merged into the weights.
     """
     with torch.no_grad():
-        weights = merged_state(model) if hasattr(model, "peft_config") else dict(model.state_dict())
+        weights = merged_state(model) if has_adapters(model) else dict(model.state_dict())
         _drop_tied(base_model(model), weights)
         return {name: tensor.detach() for name, tensor in weights.items()}
 
 
 def base_model(model: Any) -> Any:
     """The causal LM in peft's wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return model.get_base_model() if has_adapters(model) else model
 
 
 def load_model_weights(model: Any, weights: Iterable[tuple[str, Tensor]]) -> None:

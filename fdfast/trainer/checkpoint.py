@@ -24,7 +24,7 @@ from fdfast.errors import InputError, MachineError
 from fdfast.feedback.ledger import FeedbackCounters
 from fdfast.files import atomic_dir, damage, write_manifest
 from fdfast.lora import save_adapters, save_merged
-from fdfast.models import free_bytes
+from fdfast.models import free_bytes, has_adapters
 from fdfast.teacher import EMATeacher
 from fdfast.trainer.config import TrainConfig
 from fdfast.trainer.master import MasterWeights
@@ -37,7 +37,7 @@ from fdfast.trainer.sharded_checkpoint import (
     sharded_tensors,
 )
 from fdfast.trainer.sharding import WholeCopy
-from fdfast.trainer.student import has_adapters, save_student
+from fdfast.trainer.student import save_student
 
 NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -112,10 +112,7 @@ def save_checkpoint(
 
 def _save_whole(state: TrainState, config: TrainConfig, path: Path) -> None:
     adapted = has_adapters(state.model)
-    saved = {
-        "step": state.step,
-        "num_tokens": state.num_tokens,
-        "feedback": dataclasses.asdict(state.feedback),
+    saved = _counts(state) | {
         "optimizer": state.optimizer.state_dict(),
         "teacher": state.teacher.state_dict(),
         "master": state.master.state_dict(),
@@ -128,9 +125,7 @@ def _save_whole(state: TrainState, config: TrainConfig, path: Path) -> None:
     with _writing(path, tensors), atomic_dir(path) as temporary:
         save_student(state.model, state.tokenizer, temporary)
         torch.save(saved, temporary / "state.pt")
-        text = json.dumps(dataclasses.asdict(config), indent=2)
-        (temporary / "config.json").write_text(text, encoding="utf-8")
-        write_manifest(temporary)
+        _seal(temporary, config)
 
 
 def _save_shards(state: TrainState, config: TrainConfig, path: Path, ranks: Ranks) -> None:
@@ -145,16 +140,26 @@ def _save_shards(state: TrainState, config: TrainConfig, path: Path, ranks: Rank
         save_sharded(tensors, place / SHARDS)
         if ranks.main:
             save_student(model, state.tokenizer, place)
-            counts = {
-                "step": state.step,
-                "num_tokens": state.num_tokens,
-                "feedback": dataclasses.asdict(state.feedback),
-            }
-            (place / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
-            text = json.dumps(dataclasses.asdict(config), indent=2)
-            (place / "config.json").write_text(text, encoding="utf-8")
-            write_manifest(place)
+            text = json.dumps(_counts(state))
+            (place / "counts.json").write_text(text, encoding="utf-8")
+            _seal(place, config)
     ranks.every(None)  # it has its name
+
+
+def _counts(state: TrainState) -> dict[str, Any]:
+    """What `restore` reads beside the tensors."""
+    return {
+        "step": state.step,
+        "num_tokens": state.num_tokens,
+        "feedback": dataclasses.asdict(state.feedback),
+    }
+
+
+def _seal(folder: Path, config: TrainConfig) -> None:
+    """The last files of a checkpoint: its settings, and what all the others must be."""
+    text = json.dumps(dataclasses.asdict(config), indent=2)
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    write_manifest(folder)
 
 
 def save_final_model(state: TrainState, folder: Path, ranks: Ranks | None = None) -> Path:

@@ -63,21 +63,21 @@ class Scorer:
         """
         totals: dict[str, float] = {}
         with self.ranks.together():
-            own = packs(attempts, self.config.max_pass_tokens)
-            streams = backward and any(map(self._streams, own))
+            own = [(p, trees(p)) for p in packs(attempts, self.config.max_pass_tokens)]
+            streams = backward and any(self._streams(student) for _, (student, _) in own)
         said = (sum(a.completion.num_sampled for a in attempts), len(attempts), len(own), streams)
         every = self.ranks.every(said)
         counts = (sum(tokens for tokens, *_ in every), sum(size for _, size, *_ in every))
         if self.ranks.size > 1 and any(streams for *_, streams in every):
             # Ranks stream in different numbers of passes: none may wait for another's.
             with gathered(self.model, *self._constants()):
-                for pack in own:
-                    self._pass(pack, counts, totals, backward=backward)
+                for pack, both in own:
+                    self._pass(pack, both, counts, totals, backward=backward)
             return self.ranks.sums(totals)
         for number in range(max(packs for _, _, packs, _ in every)):
             self.ranks.meet()
             if number < len(own):
-                self._pass(own[number], counts, totals, backward=backward)
+                self._pass(*own[number], counts, totals, backward=backward)
             else:  # the others' layers gather themselves here too
                 self._empty_pass(backward=backward)
         release(self.model, *self._constants())
@@ -86,6 +86,7 @@ class Scorer:
     def _pass(
         self,
         pack: Sequence[Attempt],
+        both: tuple[PrefixTree, PrefixTree],
         counts: tuple[int, int],
         totals: dict[str, float],
         *,
@@ -93,10 +94,10 @@ class Scorer:
     ) -> None:
         device = next(self.model.parameters()).device
         with fast_gemms(device.type == "cpu" and onednn_keeps_float32()):
-            student, teacher = (tree.to(device) for tree in trees(pack))
+            student, teacher = (tree.to(device) for tree in both)
             part = _Part(self, pack, student, self._evidence(teacher), counts, totals)
-            budget = self.config.max_pass_tokens
-            if backward and student.num_tokens > budget:
+            if backward and self._streams(student):
+                budget = self.config.max_pass_tokens
                 backward_in_parts(self.model, student, part, max_tokens=budget)
                 return
             part.look_up()
@@ -118,13 +119,12 @@ class Scorer:
         asked = [self.teacher] if self.config.distillation_weight else []
         return asked + ([] if self.reference is None else [self.reference])
 
-    def _streams(self, pack: Sequence[Attempt]) -> bool:
-        """Whether the pack is too large for a pass.
+    def _streams(self, tree: PrefixTree) -> bool:
+        """Whether a pack is too large for a pass.
 
         Raises:
             InputError: it is, and the loss wants whole sequences.
         """
-        tree = trees(pack)[0]
         if tree.num_tokens <= self.config.max_pass_tokens:
             return False
         if isinstance(self.loss_fn, GRPOLoss) and self.by_sequence():

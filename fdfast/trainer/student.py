@@ -12,7 +12,7 @@ import torch
 from fdfast.errors import InputError
 from fdfast.files import atomic_dir, damage, write_manifest
 from fdfast.lora import add_adapters, import_peft, load_adapters, save_adapters
-from fdfast.models import load_model, save_model
+from fdfast.models import has_adapters, load_model, save_model
 from fdfast.teacher import EMATeacher
 
 _BASE = "base.json"
@@ -35,11 +35,6 @@ class Adapters:
     dropout: float
     target_modules: tuple[str, ...]
     seed: int
-
-
-def has_adapters(model: Any) -> bool:
-    """Whether it is peft's."""
-    return hasattr(model, "peft_config")
 
 
 def load_student(
