@@ -4,18 +4,15 @@
 that loads the model and takes a step before the one that is measured.
 """
 
-import json
-import os
-import subprocess
 import sys
 from typing import Any
 
 import pytest
 
+from benchmarks import turns
 from benchmarks.peers import lacking
 from benchmarks.trainer_cases import (
     CONTENDERS,
-    ROOT,
     TOLERANCE,
     TRL,
     TURNS,
@@ -29,17 +26,7 @@ _first: dict[tuple[str, int], dict[str, Any]] = {}  # of a case and turn: who wa
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Case by case, turn by turn, all contenders; on the CPU alone so far."""
-    quick = metafunc.config.getoption("quick")
-    cases = all_cases(quick=quick) if metafunc.config.getoption("device") == "cpu" else []
-    items = [
-        (case, turn, contender)
-        for case in cases
-        for turn in range(1 if quick else TURNS)
-        for contender in CONTENDERS
-    ]
-    ids = [f"{case.name}-{turn}-{contender}" for case, turn, contender in items]
-    metafunc.parametrize(("case", "turn", "contender"), items, ids=ids)
+    turns.parametrize(metafunc, all_cases, lambda case: CONTENDERS, TURNS)
 
 
 def bench_turn(
@@ -48,22 +35,13 @@ def bench_turn(
     info = benchmark.extra_info
     info |= {"case": case.name, "shape": case.shape, "contender": contender, "note": ""}
     if contender.startswith(TRL) and (why := lacking("trl")):
-        info["note"] = f"cannot run here: {why}"
-        benchmark.pedantic(lambda: None, rounds=1)  # a row without a time
+        turns.without_time(benchmark, f"cannot run here: {why}")
         return
     quick = str(int(request.config.getoption("quick")))
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.trainer_worker"]
-    done = benchmark.pedantic(
-        lambda: subprocess.run(
-            [*command, case.name, contender, str(turn), quick],
-            check=True,
-            stdout=subprocess.PIPE,
-            cwd=ROOT,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        ),
-        rounds=1,
+    found = turns.run_worker(
+        benchmark, [*command, case.name, contender, str(turn), quick], {"HF_HUB_OFFLINE": "1"}
     )
-    found = json.loads(done.stdout.splitlines()[-1])
     other = _first.setdefault((case.name, turn), found)
     assert disagreement(found, other) <= TOLERANCE, f"{contender}: {found}, the first: {other}"
     info |= found

@@ -5,13 +5,11 @@ generation, by our trainer and by TRL's.
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from benchmarks import peers
 from benchmarks.targets import Target
 
-ROOT = Path(__file__).parent.parent
 FD, GRPO = "Feedback Distillation step", "GRPO step"
 OURS, TRL = "ours", "TRL"
 # float32_matmul_precision: torch's and TrainConfig's own default, and what the demo's presets take.
