@@ -40,12 +40,12 @@ def main(case_name: str, contender: str, turn: int, *, quick: bool) -> dict[str,
     from fdfast.models import fetch_demo_model, load_model
     from fdfast.rollout import SamplingOptions
     from fdfast.trainer.batch import Prompts
-    from fdfast.trainer.config import TrainConfig
+    from fdfast.trainer.config_file import make_config
     from fdfast.trainer.presets import PRESETS
     from fdfast.trainer.rollouts import read_split
 
     case = next(c for c in all_cases(quick=quick) if c.name == case_name)
-    config = TrainConfig(**PRESETS["demo_lean"] | {"problem_names": ()})
+    config = make_config(PRESETS["demo_lean"] | {"data.problem_names": ()})
     problems = read_split(config, "train")
     begin = 0 if quick else turn * case.num_problems
     chosen = [

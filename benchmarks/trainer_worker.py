@@ -162,22 +162,24 @@ def _ours(case: Case, folder: Path, turn: int, probe: Probe, output: Path, preci
     from unittest import mock
 
     from fdfast.trainer import loop, scoring
-    from fdfast.trainer.config import TrainConfig
+    from fdfast.trainer.config_file import make_config
     from fdfast.trainer.metrics import MetricsLog
     from fdfast.trainer.ranks import Ranks
     from fdfast.trainer.stages import place
 
-    config = TrainConfig(
-        model_name_or_path=str(folder),
-        output_dir=str(output),
-        float32_matmul_precision=precision,
-        distillation_weight=float(case.distills),
-        teacher_top_k=0,
-        teacher_ema_alpha=EMA_SHARE,
-        teacher_ema_every=1,
-        warmup_steps=1,
-        max_pass_tokens=PASS_TOKENS,
-        **COMMON,
+    config = make_config(
+        {
+            "model.model_name_or_path": str(folder),
+            "output_dir": str(output),
+            "model.float32_matmul_precision": precision,
+            "model.max_pass_tokens": PASS_TOKENS,
+            "loss.distillation_weight": float(case.distills),
+            "loss.teacher_top_k": 0,
+            "teacher.alpha": EMA_SHARE,
+            "teacher.every": 1,
+            "optim.warmup_steps": 1,
+            **COMMON,
+        }
     )
     ranks = Ranks()
     state = loop._initial_state(config, None, ranks)

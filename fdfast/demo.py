@@ -93,7 +93,7 @@ def _run(preset: str, folder: Path) -> list[dict[str, Any]]:
     """The metrics of a run, which is done, gone on with or begun, as the folder has it."""
     config = make_config(PRESETS[preset] | {"output_dir": str(folder)})
     rows = read_jsonl(folder / "metrics.jsonl")
-    if any(r["step"] == config.max_steps and "eval_loss" in r for r in rows):
+    if any(r["step"] == config.optim.max_steps and "eval_loss" in r for r in rows):
         return rows
     return train(config, resume=bool(rows))
 

@@ -50,7 +50,7 @@ def run() -> int:
     settings = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     config = make_config(settings["config"])
     if turns := settings.get("turns"):
-        _, tokenizer = load_model(config.model_name_or_path)
+        _, tokenizer = load_model(config.model.model_name_or_path)
         patch = pytest.MonkeyPatch()
         script(patch, tokenizer, tokenizer.eos_token_id, lambda n: [turns[n % len(turns)]])
     if settings.get("hurt") and os.environ.get("RANK") == "1":

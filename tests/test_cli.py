@@ -66,7 +66,7 @@ def test_a_training_run_from_the_shell(tmp_path):
     (tmp_path / "q.jsonl").write_text('{"prompt": "Why?"}\n{"prompt": "What?"}\n')
     (tmp_path / "run.yaml").write_text(
         f"model_name_or_path: {model}\ntask: chat\ndataset: q.jsonl\ndataset_split: ''\n"
-        "feedback: constant\nfeedback_text: Be concise.\nprompts_per_step: 2\n"
+        "feedback: {source: constant, text: Be concise.}\nprompts_per_step: 2\n"
         "max_completion_length: 4\noutput_dir: out\n"
     )
     done = run("train", "--config", "run.yaml", "max_steps=2", cwd=tmp_path)

@@ -8,7 +8,7 @@ from fdfast.data.problems import questions_path
 from fdfast.errors import InputError
 from fdfast.models import load_model
 from fdfast.rollout.records import read_records
-from fdfast.trainer import TrainConfig
+from fdfast.trainer import make_config
 from fdfast.trainer.batch import Prompts
 from fdfast.trainer.collect import collect
 from tests.tiny import save_tiny_model
@@ -23,8 +23,8 @@ CHAT = {
     "task": "chat",
     "dataset": str(questions_path()),
     "dataset_split": "",
-    "feedback": "constant",
-    "feedback_text": "Be concise.",
+    "feedback.source": "constant",
+    "feedback.text": "Be concise.",
     "max_completion_length": 8,
     "prompts_per_step": 3,
     "max_pass_tokens": 150,
@@ -39,7 +39,7 @@ def logprobs_of(model, prompt, ids):
 
 
 def test_attempts_are_kept_with_what_student_and_teacher_think_of_them(tiny, tmp_path):
-    config = TrainConfig(model_name_or_path=str(tiny), **CHAT)
+    config = make_config({"model_name_or_path": str(tiny), **CHAT})
     collect(config, tmp_path, limit=5, quiet=True)
     records = list(read_records(tmp_path / "trajectories.jsonl"))
     assert records == list(read_records(tmp_path / "trajectories.parquet"))
@@ -70,7 +70,7 @@ def _problems():
 
 
 def test_without_feedback_there_is_no_teacher(tiny, tmp_path):
-    config = TrainConfig(model_name_or_path=str(tiny), **CHAT)
+    config = make_config({"model_name_or_path": str(tiny), **CHAT})
     collect(config, tmp_path, limit=1, feedback=False, quiet=True)
     for record in read_records(tmp_path / "trajectories.jsonl"):
         assert record.feedback is None
@@ -79,7 +79,7 @@ def test_without_feedback_there_is_no_teacher(tiny, tmp_path):
 
 
 def test_what_is_there_is_never_written_over(tiny, tmp_path):
-    config = TrainConfig(model_name_or_path=str(tiny), **CHAT)
+    config = make_config({"model_name_or_path": str(tiny), **CHAT})
     (tmp_path / "trajectories.jsonl").write_text("mine\n")
     with pytest.raises(InputError, match="holds attempts already"):
         collect(config, tmp_path, limit=1, quiet=True)
@@ -87,7 +87,7 @@ def test_what_is_there_is_never_written_over(tiny, tmp_path):
 
 
 def test_an_interrupt_keeps_the_attempts_that_are_there(tiny, tmp_path, monkeypatch):
-    config = TrainConfig(model_name_or_path=str(tiny), **CHAT)
+    config = make_config({"model_name_or_path": str(tiny), **CHAT})
     steps = []
 
     def stopping(*arguments):
@@ -125,7 +125,7 @@ def test_feedback_that_fails_for_all_loses_no_attempt(tiny, tmp_path, monkeypatc
             return [None] * len(items)
 
     monkeypatch.setattr("fdfast.trainer.collect.make_provider", lambda *arguments, **others: Dead())
-    config = TrainConfig(model_name_or_path=str(tiny), **CHAT)
+    config = make_config({"model_name_or_path": str(tiny), **CHAT})
     collect(config, tmp_path, limit=2, quiet=True)
     records = list(read_records(tmp_path / "trajectories.jsonl"))
     assert len(records) == 4

@@ -1,6 +1,6 @@
 """Settings: a YAML file, `key=value` words, and what a wrong one is told."""
 
-import dataclasses
+import re
 
 import pytest
 
@@ -8,14 +8,16 @@ from fdfast.cli import main
 from fdfast.errors import InputError
 from fdfast.trainer import PRESETS, TrainConfig, load_config
 from fdfast.trainer.config_file import make_config
+from fdfast.trainer.settings import flat, path_of
 
 
 def test_the_defaults_are_the_papers():
     config = TrainConfig()
-    assert (config.teacher_top_k, config.tail, config.divergence) == (25, "truncate", "forward_kl")
-    assert (config.teacher_ema_alpha, config.teacher_ema_every) == (0.9, 5)
-    assert (config.learning_rate, config.warmup_steps) == (1e-5, 50)
-    assert (config.prompts_per_step, config.num_generations) == (128, 1)
+    assert (config.loss.teacher_top_k, config.loss.tail) == (25, "truncate")
+    assert config.loss.divergence == "forward_kl"
+    assert (config.teacher.alpha, config.teacher.every) == (0.9, 5)
+    assert (config.optim.learning_rate, config.optim.warmup_steps) == (1e-5, 50)
+    assert (config.rollout.prompts_per_step, config.rollout.num_generations) == (128, 1)
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
@@ -27,8 +29,8 @@ def test_words_go_over_the_file_and_the_file_over_the_preset(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("learning_rate: 2.0e-5\nmax_steps: 7\nexamples: [[Q, A]]\n")
     config = load_config(path, ["max_steps=9", "learning_rate=3e-5"], preset="fd_paper")
-    assert (config.max_steps, config.learning_rate) == (9, 3e-5)
-    assert config.examples == (("Q", "A"),)
+    assert (config.optim.max_steps, config.optim.learning_rate) == (9, 3e-5)
+    assert config.prompt.examples == (("Q", "A"),)
 
 
 @pytest.mark.parametrize(
@@ -42,29 +44,30 @@ def test_words_go_over_the_file_and_the_file_over_the_preset(tmp_path):
     ],
 )
 def test_words_are_read_as_yaml(word, value):
-    assert getattr(load_config(None, [word]), word.partition("=")[0]) == value
+    path = path_of(word.partition("=")[0], TrainConfig, "")
+    assert flat(load_config(None, [word]))[path] == value
 
 
 @pytest.mark.parametrize(
     "text", ["", "Yes", "3", "1e5", "null", "{unclosed", "a: b", "one sentence", " x = 'y' "]
 )
 def test_a_texts_word_is_taken_as_it_is(text):
-    for key in ("dataset_split", "system_prompt", "feedback_text"):
-        assert getattr(load_config(None, [f"{key}={text}"]), key) == text
-    assert load_config(None, ["dtype=bfloat16"]).dtype == "bfloat16"
+    for key in ("data.dataset_split", "prompt.system_prompt", "feedback.text"):
+        assert flat(load_config(None, [f"{key}={text}"]))[key] == text
+    assert load_config(None, ["dtype=bfloat16"]).model.dtype == "bfloat16"
 
 
 def test_words_may_complete_what_a_file_leaves_open(tmp_path):
     """The rules between settings hold for all of them together, not for the file alone."""
     path = tmp_path / "run.yaml"
-    path.write_text("task: chat\nfeedback: constant\n")
-    assert load_config(path, ["feedback_text=Be brief."]).feedback_text == "Be brief."
+    path.write_text("task: chat\nfeedback:\n  source: constant\n")
+    assert load_config(path, ["feedback.text=Be brief."]).feedback.text == "Be brief."
 
 
 @pytest.mark.parametrize("name", ["demo_concise", "demo_lean"])
 def test_a_demo_run_can_be_resumed(name):
     config = load_config(None, [], preset=name)
-    assert (config.save_steps, config.save_total_limit) == (4, 1)
+    assert (config.checkpoint.save_steps, config.checkpoint.save_total_limit) == (4, 1)
 
 
 @pytest.mark.parametrize(
@@ -74,10 +77,10 @@ def test_a_demo_run_can_be_resumed(name):
         (["zzz=1"], "unknown key 'zzz'$"),
         (["max_steps=many"], "max_steps: Input should be a valid integer.*; got 'many'"),
         (["max_steps=0"], "max_steps must be at least 1; got 0"),
-        (["temperature=0"], r"^config: temperature must be positive; got 0\.0$"),
+        (["temperature=0"], r"^config: rollout.temperature must be positive; got 0\.0$"),
         (["max_feedback_length=0"], "max_feedback_length must be at least 1; got 0"),
         (["learning_rate=nan"], "learning_rate must be a finite number; got nan"),
-        (["lean_timeout_s=.inf"], "lean_timeout_s must be a finite number; got inf"),
+        (["lean_timeout_s=.inf"], "lean.timeout_s must be a finite number; got inf"),
         (["max_grad_norm=.inf"], "max_grad_norm must be a finite number; got inf"),
         (["grad_filter=.nan"], "grad_filter must be a finite number; got nan"),
         (["grad_filter=1"], r"grad_filter must lie in \[0, 1\); got 1"),
@@ -88,22 +91,22 @@ def test_a_demo_run_can_be_resumed(name):
         (["adam_epsilon=0"], "adam_epsilon must be positive; got 0"),
         (["backend=cuda"], "backend must be one of auto, .*; got 'cuda'"),
         (["output_dir="], "output_dir must name a folder; got ''"),
-        (["feedback=critic"], "feedback must be one of constant, .*; got 'critic'"),
-        (["feedback=constant"], "feedback 'constant' wants feedback_text"),
+        (["feedback.source=critic"], "feedback.source must be one of constant, .*; got 'critic'"),
+        (["feedback.source=constant"], "feedback 'constant' wants feedback.text"),
         (["task=chat"], "feedback 'verifier' wants task 'lean'"),
-        (["task=chat", "feedback=solution"], "feedback 'solution' wants task 'lean'"),
+        (["task=chat", "feedback.source=solution"], "feedback 'solution' wants task 'lean'"),
         (
             ["divergence=jsd", "divergence_alpha=1"],
             r"divergence_alpha must lie in \(0, 1\) for divergence 'jsd'; got 1",
         ),
         (["seed={unclosed"], "command line: seed: '{unclosed' is no YAML: "),
         (["save_steps=-1"], "save_steps must not be negative; got -1"),
-        (["teacher_ema_alpha=2"], r"teacher_ema_alpha must lie in \[0, 1\]; got 2"),
+        (["teacher.alpha=2"], r"teacher.alpha must lie in \[0, 1\]; got 2"),
         (["divergence=js"], "divergence must be one of forward_kl, .*; got 'js'"),
         (["dtype=int8"], "dtype: Input should be 'float32', 'bfloat16' or 'float16'; got 'int8'"),
         (
             ["prompt_template=hello"],
-            r"prompt_template or completion_prefix must contain \{prompt\}",
+            r"prompt_template or prompt.completion_prefix must contain \{prompt\}",
         ),
         (["fast"], "'fast' is no setting; write key=value"),
     ],
@@ -137,7 +140,7 @@ def test_a_settings_value_is_never_taken_for_another_type():
 
 
 def test_a_divergence_without_alpha_takes_any():
-    assert TrainConfig(divergence="forward_kl", divergence_alpha=0.0).divergence_alpha == 0.0
+    assert make_config({"divergence": "forward_kl", "divergence_alpha": 0.0}).loss
 
 
 @pytest.mark.parametrize("preset", [None, *PRESETS])
@@ -146,15 +149,17 @@ def test_what_config_show_prints_is_the_config_again(preset, tmp_path, capsys):
     shown = capsys.readouterr().out
     (tmp_path / "shown.yaml").write_text(shown)
     assert load_config(tmp_path / "shown.yaml", []) == load_config(None, [], preset=preset)
-    for field in dataclasses.fields(TrainConfig):  # a line of documentation above each
-        above = shown.split(f"\n{field.name}:")[0].rsplit("\n", 1)[-1]
-        assert above.startswith("# "), field.name
+    for path in flat(TrainConfig()):  # a line of documentation above each
+        group, _, name = path.rpartition(".")
+        part = shown.split(f"\n{group}:\n")[1] if group else "\n" + shown
+        above = re.split(rf"\n *{name}:", part)[0].rsplit("\n", 1)[-1].strip()
+        assert above.startswith("# "), path
         assert len(above) > 5
 
 
 def test_config_show_takes_settings_and_refuses_what_is_none(capsys):
     assert main(["config", "show", "fd_paper", "learning_rate=2e-5"]) == 0
-    assert "\nlearning_rate: 2.0e-05\n" in capsys.readouterr().out
+    assert "\n  learning_rate: 2.0e-05\n" in capsys.readouterr().out
     assert main(["config", "show", "fd_paper", "learning_rat=2e-5"]) == 2
     assert "did you mean 'learning_rate'" in capsys.readouterr().err
 
@@ -162,10 +167,10 @@ def test_config_show_takes_settings_and_refuses_what_is_none(capsys):
 @pytest.mark.parametrize(
     ("values", "line"),
     [
-        ({"vllm_mode": "server"}, "want use_vllm=true"),
-        ({"vllm_server_base_url": "http://127.0.0.1:8000"}, "want use_vllm=true"),
-        ({"use_vllm": True, "vllm_mode": "server"}, "names the server of vllm_mode 'server'"),
-        ({"use_vllm": True, "vllm_max_model_length": 512}, "must be at least max_prompt_length"),
+        ({"vllm.mode": "server"}, "want rollout.use_vllm=true"),
+        ({"vllm.server_base_url": "http://127.0.0.1:8000"}, "want rollout.use_vllm=true"),
+        ({"use_vllm": True, "vllm.mode": "server"}, "names the server of vllm.mode 'server'"),
+        ({"use_vllm": True, "vllm.max_model_length": 512}, "must be at least max_prompt_length"),
         ({"tool_libraries": ["/tmp"]}, "set tools=true"),
     ],
 )

@@ -164,11 +164,11 @@ def settings(tiny, folder, **values):
 
 def llm(server, **values):
     return {
-        "feedback": "llm",
-        "feedback_base_url": server.base_url,
-        "feedback_model": "judge",
-        "feedback_api_key_env": "",
-        "feedback_max_retries": 0,
+        "feedback.source": "llm",
+        "feedback.base_url": server.base_url,
+        "feedback.model": "judge",
+        "feedback.api_key_env": "",
+        "feedback.max_retries": 0,
     } | values
 
 
@@ -218,8 +218,8 @@ def test_a_step_without_any_feedback_is_one_line_and_the_finished_steps_stay(tin
 def test_the_constant_steps_in_where_the_model_itself_fails(tiny, tmp_path):
     """A random model never keeps the rules, so every feedback is the other provider's."""
     config = settings(
-        tiny, tmp_path / "run", feedback="self", feedback_on_failure="constant",
-        feedback_text="Be concise.", feedback_max_completion_length=4,
+        tiny, tmp_path / "run", feedback_source="self", feedback_on_failure="constant",
+        feedback_text="Be concise.", feedback_max_tokens=4,
     )  # fmt: skip
     rows = train(config, quiet=True)
     assert [r["feedback/fallback"] for r in rows] == [3, 3]
@@ -236,7 +236,7 @@ def test_self_is_the_initial_model_unless_the_teacher_is_asked_for(
     tiny, tmp_path, who, is_initial, is_the_teacher
 ):
     """A frozen teacher is the initial model: no second copy then."""
-    config = settings(tiny, tmp_path, feedback="self", feedback_self_model=who)
+    config = settings(tiny, tmp_path, feedback_source="self", feedback_self_model=who)
     teacher, tokenizer = load_model(tiny)
     provider = make_provider(config, teacher, tokenizer, is_initial=is_initial)
     assert (provider.engine.model is teacher) == is_the_teacher
@@ -247,38 +247,45 @@ def test_self_is_the_initial_model_unless_the_teacher_is_asked_for(
 def test_a_missing_key_is_told_before_a_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.delenv("MY_KEY", raising=False)
     config = settings(
-        "no/such/model", tmp_path / "run", feedback="llm", feedback_model="judge",
+        "no/such/model", tmp_path / "run", feedback_source="llm", feedback_model="judge",
         feedback_base_url="http://127.0.0.1:1/v1", feedback_api_key_env="MY_KEY",
     )  # fmt: skip
     with pytest.raises(InputError, match="environment variable MY_KEY holds no key"):
         train(config, quiet=True)
 
 
+SELF = ["feedback.source=self"]
 ENDPOINT = ["feedback_base_url=http://localhost:8000/v1", "feedback_model=m"]
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["feedback=llm"], "wants feedback_model"),
-        (["feedback=llm", "feedback_model=m"], "wants feedback_base_url"),
-        (["feedback_on_failure=llm"], "'verifier' never fails; got 'llm'"),
-        (["feedback_on_failure=later"], "feedback_on_failure must be one of skip, .*; got 'later'"),
-        (["feedback=self", "feedback_on_failure=self"], "another source than feedback; got 'self'"),
-        (["feedback=self", "feedback_on_failure=constant"], "'constant' wants feedback_text"),
-        (["feedback=self", "feedback_on_failure=llm"], "wants feedback_model"),
+        (["feedback.source=llm"], "wants feedback.model"),
+        (["feedback.source=llm", "feedback_model=m"], "wants feedback.base_url"),
+        (["feedback.on_failure=llm"], "'verifier' never fails; got 'llm'"),
+        (["feedback.on_failure=later"], "feedback.on_failure must be one of skip, .*; got 'later'"),
         (
-            ["feedback=self", "task=chat", "feedback_on_failure=verifier"],
+            ["feedback.source=self", "feedback_on_failure=self"],
+            "another source than feedback; got 'self'",
+        ),
+        (
+            ["feedback.source=self", "feedback_on_failure=constant"],
+            "'constant' wants feedback.text",
+        ),
+        (["feedback.source=self", "feedback_on_failure=llm"], "wants feedback.model"),
+        (
+            ["feedback.source=self", "task=chat", "feedback_on_failure=verifier"],
             "feedback 'verifier' wants task 'lean'",
         ),
-        (["feedback=llm", *ENDPOINT, "feedback_budget_usd=5"], "wants feedback_prices_usd"),
+        (["feedback.source=llm", *ENDPOINT, "feedback_budget_usd=5"], "wants feedback.prices_usd"),
         (["feedback_prices_usd=[-1, 2]"], r"must be two numbers, not negative; got \(-1"),
-        (["feedback_prices_usd=[1]"], "feedback_prices_usd"),
-        (["feedback_timeout_s=0"], "feedback_timeout_s must be positive"),
-        (["feedback_max_concurrency=0"], "feedback_max_concurrency must be at least 1"),
-        (["feedback_budget_tokens=-1"], "feedback_budget_tokens must not be negative"),
-        (["feedback_position=middle"], "feedback_position: Input should be 'end' or 'start'"),
-        (["feedback_template={prompt}"], r"feedback_template must contain \{feedback\}"),
+        (["feedback_prices_usd=[1]"], "feedback.prices_usd"),
+        (["feedback_timeout_s=0"], "feedback.timeout_s must be positive"),
+        (["feedback_max_concurrency=0"], "feedback.max_concurrency must be at least 1"),
+        (["feedback_budget_tokens=-1"], "feedback.budget_tokens must not be negative"),
+        (["feedback_position=middle"], "feedback.position: Input should be 'end' or 'start'"),
+        (["feedback_template={prompt}"], r"feedback.template must contain \{feedback\}"),
     ],
 )
 def test_a_wrong_feedback_setting_is_one_line(words, line):
@@ -293,15 +300,18 @@ def test_a_wrong_feedback_setting_is_one_line(words, line):
 @pytest.mark.parametrize(
     ("values", "turn"),
     [
-        ({"feedback": "constant"}, "Why?\n\nDo so."),
-        ({"feedback": "constant", "feedback_position": "start"}, "Do so.\n\nWhy?"),
-        ({"feedback": "self"}, "Why?\n\nKeep to these instructions:\nDo so."),
+        ({"feedback.source": "constant"}, "Why?\n\nDo so."),
+        ({"feedback.source": "constant", "feedback.position": "start"}, "Do so.\n\nWhy?"),
+        ({"feedback.source": "self"}, "Why?\n\nKeep to these instructions:\nDo so."),
         (
-            {"feedback": "self", "feedback_position": "start"},
+            {"feedback.source": "self", "feedback.position": "start"},
             "Keep to these instructions:\nDo so.\n\nWhy?",
         ),
         (
-            {"feedback": "self", "feedback_template": "Hint: {feedback}\n{prompt} {feedback}"},
+            {
+                "feedback.source": "self",
+                "feedback.template": "Hint: {feedback}\n{prompt} {feedback}",
+            },
             "Hint: Do so.\nWhy? Do so.",
         ),
     ],
@@ -326,7 +336,7 @@ def test_the_demos_keep_their_words(preset):
 def test_truncation_takes_from_the_feedback_and_never_from_the_statement(tmp_path, position, limit):
     tokenizer = tiny_tokenizer()
     config = settings(
-        "x", tmp_path, feedback="self", feedback_position=position, max_feedback_length=limit
+        "x", tmp_path, feedback_source="self", feedback_position=position, max_feedback_length=limit
     )
     statement = "Why? " * 200
     ids, clipped = Prompts(tokenizer, config).teacher(Problem("p", statement), "ä→ " * 300)

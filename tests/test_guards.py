@@ -8,7 +8,7 @@ import torch
 from fdfast.data.problems import questions_path
 from fdfast.errors import MachineError
 from fdfast.models import load_model
-from fdfast.trainer import TrainConfig, train
+from fdfast.trainer import TrainConfig, make_config, train
 from fdfast.trainer.checkpoint import checkpoints
 from fdfast.trainer.guards import alarms, num_skipped, rate_factor
 from fdfast.trainer.metrics import read_jsonl
@@ -24,24 +24,26 @@ def tiny(tmp_path_factory):
 
 
 def settings(tiny, folder, **values):
-    return TrainConfig(
-        model_name_or_path=str(tiny),
-        output_dir=str(folder),
-        task="chat",
-        dataset=str(questions_path()),
-        dataset_split="",
-        feedback="constant",
-        feedback_text="Be concise.",
-        prompts_per_step=2,
-        max_completion_length=6,
-        learning_rate=1e-3,
-        warmup_steps=1,
-        **{"save_steps": 0, "save_final_model": False} | values,
-    )
+    defaults = {
+        "model_name_or_path": str(tiny),
+        "output_dir": str(folder),
+        "task": "chat",
+        "dataset": str(questions_path()),
+        "dataset_split": "",
+        "feedback.source": "constant",
+        "feedback.text": "Be concise.",
+        "prompts_per_step": 2,
+        "max_completion_length": 6,
+        "learning_rate": 1e-3,
+        "warmup_steps": 1,
+        "save_steps": 0,
+        "save_final_model": False,
+    }
+    return make_config(defaults | values)
 
 
 def names(history, row, **values):
-    return [alarm.name for alarm in alarms(history, row, TrainConfig(**values))]
+    return [alarm.name for alarm in alarms(history, row, make_config(values))]
 
 
 def test_each_alarm_is_heard_where_it_should_be_and_not_before():
@@ -80,7 +82,7 @@ def test_counts_from_the_rows():
     assert num_skipped(rows[:2]) == 0
     heard = [{"alarms": ["entropy"]}, {"alarms": []}, {"alarms": ["kl", "entropy"]}]
     assert rate_factor(heard, TrainConfig()) == 1.0
-    assert rate_factor(heard, TrainConfig(entropy_alarm_action="lower_rate")) == 0.25
+    assert rate_factor(heard, make_config({"entropy_alarm_action": "lower_rate"})) == 0.25
 
 
 def poison(monkeypatch, steps):
@@ -167,11 +169,11 @@ def test_a_lowered_rate_survives_a_resume(tiny, tmp_path, monkeypatch):
 def test_a_run_says_what_it_was_made_with(tiny, tmp_path):
     train(settings(tiny, tmp_path, max_steps=1, save_steps=1), quiet=True)
     [entry] = json.loads((tmp_path / "run.json").read_text())
-    assert entry["config"]["learning_rate"] == 1e-3
+    assert entry["config"]["optim.learning_rate"] == 1e-3
     assert entry["config"]["seed"] == 0
     assert entry["versions"]["torch"].startswith("2.")
     assert entry["step"] == 0
     assert entry["commit"]
     train(settings(tiny, tmp_path, max_steps=2, save_steps=1), resume=True, quiet=True)
     entries = json.loads((tmp_path / "run.json").read_text())
-    assert [(e["step"], e["config"]["max_steps"]) for e in entries] == [(0, 1), (1, 2)]
+    assert [(e["step"], e["config"]["optim.max_steps"]) for e in entries] == [(0, 1), (1, 2)]

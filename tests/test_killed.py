@@ -2,7 +2,6 @@
 that nothing disturbed, bit for bit.
 """
 
-import dataclasses
 import multiprocessing
 import random
 import shutil
@@ -33,8 +32,9 @@ def config_of(tiny: Path, folder: Path) -> TrainConfig:
             max_steps=3, distillation_weight=0.0, learning_rate=1e-4, num_generations=3, beta=0.1
         ),
     )
-    config = run_settings(tiny, folder, stages=stages, save_steps=1, eval_num_prompts=2)
-    return dataclasses.replace(config, eval_steps=2, eval_split="")
+    return run_settings(
+        tiny, folder, stages=stages, save_steps=1, eval_num_prompts=2, eval_steps=2, eval_split=""
+    )
 
 
 def start(config, *, die_at=None, sync_s=0.0, kill_after_s=None, count=None):

@@ -29,8 +29,8 @@ LEAN = {
     "task": "lean",
     "dataset": "base_theorems",
     "problem_names": ["list_*"],
-    "feedback": "verifier",
-    "feedback_text": "",
+    "feedback.source": "verifier",
+    "feedback.text": "",
     "num_generations": 3,
     "max_completion_length": 24,
 }

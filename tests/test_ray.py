@@ -279,7 +279,7 @@ def test_a_run_on_a_cluster_is_the_run_on_one_machine(tmp_path, monkeypatch):
     values = {
         "model_name_or_path": str(save_tiny_model(tmp_path / "tiny")),
         "task": "lean",
-        "feedback": "verifier",
+        "feedback.source": "verifier",
         "prompts_per_step": 3,
         "num_generations": 2,
         "max_completion_length": 8,

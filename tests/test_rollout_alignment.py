@@ -132,8 +132,8 @@ def config():
             "task": "chat",
             "dataset": str(questions_path()),
             "dataset_split": "",
-            "feedback": "constant",
-            "feedback_text": "Be concise.",
+            "feedback.source": "constant",
+            "feedback.text": "Be concise.",
             "teacher_top_k": 0,
         }
     )
@@ -156,7 +156,7 @@ def scorer_of(model, teacher):
 
 def trees_of(attempts, model):
     """The student's tree and the teacher's, from the trainer."""
-    [pack] = packs(attempts, config().max_pass_tokens)
+    [pack] = packs(attempts, config().model.max_pass_tokens)
     return trees(pack)
 
 

@@ -18,9 +18,10 @@ from fdfast.rollout import HFEngine
 from fdfast.trainer import TrainConfig, checkpoint, loop, train
 from fdfast.trainer.batch import Prompts, completion_tree
 from fdfast.trainer.checkpoint import checkpoints
-from fdfast.trainer.config_file import make_config
+from fdfast.trainer.config_file import by_path, make_config
 from fdfast.trainer.metrics import MetricsLog, read_jsonl
 from fdfast.trainer.scoring import Scorer
+from fdfast.trainer.settings import plain
 from tests.scripted import script
 from tests.tiny import save_tiny_model
 
@@ -38,20 +39,20 @@ def settings(tiny, folder, **values) -> TrainConfig:
         "task": "chat",
         "dataset": str(questions_path()),
         "dataset_split": "",
-        "feedback": "constant",
-        "feedback_text": "Be concise.",
+        "feedback.source": "constant",
+        "feedback.text": "Be concise.",
         "prompts_per_step": 3,
         "max_pass_tokens": 120,
         "max_completion_length": 8,
         "teacher_top_k": 0,
-        "teacher_ema_every": 2,
+        "teacher.every": 2,
         "learning_rate": 1e-3,
         "warmup_steps": 1,
         "max_steps": 4,
         "save_steps": 0,
         "save_final_model": False,
     }
-    return make_config(defaults | values)
+    return make_config(by_path(defaults, "") | by_path(values, ""))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -134,7 +135,7 @@ def test_a_step_is_the_papers_loss_and_gradient_written_out(tiny, tmp_path):
 
 def test_distillation_moves_the_student_to_the_frozen_teacher(tiny, tmp_path):
     config = settings(
-        tiny, tmp_path, max_steps=40, teacher_ema_alpha=1.0, prompts_per_step=8, eval_split="",
+        tiny, tmp_path, max_steps=40, teacher_alpha=1.0, prompts_per_step=8, eval_split="",
         eval_num_prompts=8, learning_rate=3e-3,
         feedback_position="start",  # at the end a random model takes 60 steps to come as far
     )  # fmt: skip
@@ -276,7 +277,7 @@ def test_a_crash_before_the_first_checkpoint_begins_again_and_keeps_the_lines(ti
 def test_a_resume_under_other_settings_is_refused(tiny, tmp_path):
     train(settings(tiny, tmp_path, max_steps=1, save_steps=1), quiet=True)
     with pytest.raises(
-        InputError, match=r"other settings \(seed 0 -> 1; weight_decay 0.0 -> 0.1\)"
+        InputError, match=r"other settings \(seed 0 -> 1; optim.weight_decay 0.0 -> 0.1\)"
     ):
         train(settings(tiny, tmp_path, seed=1, weight_decay=0.1), resume=True, quiet=True)
 
@@ -317,7 +318,7 @@ def test_bfloat16_weights_move_as_float32_ones(tiny, tmp_path):
     moved = {}
     for dtype in ("float32", "bfloat16"):
         folder = tmp_path / dtype
-        values = {"dtype": dtype, "learning_rate": 1e-5, "save_steps": 4, "teacher_ema_every": 1}
+        values = {"dtype": dtype, "learning_rate": 1e-5, "save_steps": 4, "teacher.every": 1}
         train(settings(tiny, folder, **values), quiet=True)
         state = torch.load(folder / "checkpoint-4" / "state.pt", weights_only=True)
         before = {n: p.to(getattr(torch, dtype)) for n, p in weights(tiny).items()}
@@ -347,7 +348,7 @@ def test_a_prompt_that_is_too_long_is_an_error_and_not_cut(tiny, tmp_path):
 def test_ctrl_c_saves_and_the_resumed_run_is_the_same(tiny, tmp_path, number):
     plain = _plain(settings(tiny, tmp_path / "run"))
     words = [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in plain.items()]
-    words = [w for w in words if not w.startswith("max_steps=")]
+    words = [w for w in words if not w.startswith("optim.max_steps=")]
     command = [sys.executable, "-m", "fdfast.cli", "train", "max_steps=400", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -371,10 +372,11 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_same(tiny, tmp_path, number):
 
 def _plain(config: TrainConfig) -> dict[str, object]:
     """What differs from the defaults."""
-    return {k: v for k, v in vars(config).items() if v != getattr(TrainConfig(), k)}
+    default = plain(TrainConfig())
+    return {k: v for k, v in plain(config).items() if v != default[k]}
 
 
-LEAN = {"task": "lean", "dataset": "base_theorems", "tools": True, "feedback": "verifier"}
+LEAN = {"task": "lean", "dataset": "base_theorems", "tools": True, "feedback.source": "verifier"}
 TOLD = "Tools: write_file(path, content), check_file(path), as <tool_call>{json}</tool_call>."
 
 

@@ -12,9 +12,9 @@ from fdfast.lean import LeanPool, Verdict
 from fdfast.models import lm_head, load_model
 from fdfast.rollout import Trajectory
 from fdfast.teacher import EMATeacher
-from fdfast.trainer import PRESETS, TrainConfig, train
+from fdfast.trainer import PRESETS, train
 from fdfast.trainer.batch import Attempt
-from fdfast.trainer.config_file import make_config
+from fdfast.trainer.config_file import by_path, make_config
 from fdfast.trainer.loop import _loss
 from fdfast.trainer.metrics import read_jsonl
 from fdfast.trainer.scoring import Scorer
@@ -45,7 +45,7 @@ def attempts_of(advantages=(1.2, -0.4, 0.3, -1.1, 0.0)):
 
 def config_of(**values):
     values = {"task": "lean", "distillation_weight": 0.0, "teacher_top_k": 0} | values
-    return TrainConfig(**values)
+    return make_config(values)
 
 
 def scored(model, config, attempts, reference=None):
@@ -72,19 +72,19 @@ def plain_gradient(model, attempts, config, reference=None):
     total = 0.0
     for attempt in attempts:
         seen = attempt.completion
-        _, taken = logprobs_of(model, seen.prompt_ids, seen, config.temperature)
+        _, taken = logprobs_of(model, seen.prompt_ids, seen, config.rollout.temperature)
         ratio = (taken - taken.detach()).exp()
-        if config.importance_sampling_level == "sequence":
+        if config.loss.importance_sampling_level == "sequence":
             ratio = (taken - taken.detach()).mean().exp().expand_as(taken)
         each = -attempt.advantage * ratio
         if reference is not None:
             with torch.no_grad():
-                _, ref = logprobs_of(reference, seen.prompt_ids, seen, config.temperature)
-            each = each + config.beta * ((ref - taken).exp() - (ref - taken) - 1)
-        if config.loss_type == "grpo":
+                _, ref = logprobs_of(reference, seen.prompt_ids, seen, config.rollout.temperature)
+            each = each + config.loss.beta * ((ref - taken).exp() - (ref - taken) - 1)
+        if config.loss.loss_type == "grpo":
             total = total + each.mean() / len(attempts)
-        elif config.loss_type == "dr_grpo":
-            total = total + each.sum() / (len(attempts) * config.max_completion_length)
+        elif config.loss.loss_type == "dr_grpo":
+            total = total + each.sum() / (len(attempts) * config.rollout.max_completion_length)
         else:
             total = total + each.sum() / tokens
     total.backward()
@@ -161,36 +161,41 @@ def test_a_sampler_that_is_off_is_corrected_for_and_only_where_it_is_another(tin
 def test_places_in_the_stages():
     first = Stage(max_steps=3, prompts_per_step=2)
     second = Stage(max_steps=2, distillation_weight=0.0, learning_rate=1e-7)
-    config = TrainConfig(stages=(first, second), prompts_per_step=5)
+    config = make_config({"stages": [first, second], "prompts_per_step": 5})
     assert total_steps(config) == 5
     seen = [place(config, step) for step in range(7)]
     assert [p.index for p in seen] == [0, 0, 0, 1, 1, 1, 1]
     assert [p.step for p in seen] == [0, 1, 2, 0, 1, 2, 3]
     assert [p.position for p in seen] == [0, 0, 0, 6, 6, 6, 6]
-    assert seen[0].config.prompts_per_step == 2
-    assert seen[3].config.prompts_per_step == 5
-    assert (seen[0].config.learning_rate, seen[3].config.learning_rate) == (1e-5, 1e-7)
-    assert total_steps(TrainConfig(max_steps=9)) == 9
-    assert place(TrainConfig(max_steps=9), 4).step == 4
+    assert seen[0].config.rollout.prompts_per_step == 2
+    assert seen[3].config.rollout.prompts_per_step == 5
+    assert (seen[0].config.optim.learning_rate, seen[3].config.optim.learning_rate) == (1e-5, 1e-7)
+    assert total_steps(make_config({"max_steps": 9})) == 9
+    assert place(make_config({"max_steps": 9}), 4).step == 4
 
 
 def test_presets_have_the_papers_numbers():
     grpo = make_config(PRESETS["grpo_paper"])
-    assert (grpo.learning_rate, grpo.num_generations, grpo.beta) == (1e-7, 5, 0.001)
+    assert (grpo.optim.learning_rate, grpo.rollout.num_generations) == (1e-7, 5)
+    assert grpo.loss.beta == 0.001
     both = make_config(PRESETS["fd_then_grpo"])
     fd, then = (place(both, step).config for step in (0, 200))
-    assert (fd.learning_rate, fd.num_generations, fd.distillation_weight) == (1e-5, 1, 1.0)
-    assert (then.learning_rate, then.num_generations, then.distillation_weight) == (1e-7, 5, 0.0)
+    assert (fd.optim.learning_rate, then.optim.learning_rate) == (1e-5, 1e-7)
+    assert (fd.rollout.num_generations, then.rollout.num_generations) == (1, 5)
+    assert (fd.loss.distillation_weight, then.loss.distillation_weight) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(
     ("values", "line"),
     [
-        ({"task": "chat", "distillation_weight": 0.0, "feedback": "constant"}, "wants task 'lean'"),
+        (
+            {"task": "chat", "distillation_weight": 0.0, "feedback.source": "constant"},
+            "wants data.task 'lean'",
+        ),
         ({"distillation_weight": 0.5, "temperature": 0.7}, "has one temperature"),
         ({"distillation_weight": 1.5}, r"must lie in \[0, 1\]; got 1.5"),
         ({"loss_type": "ppo"}, "loss_type must be one of grpo"),
-        ({"loss_type": "cispo"}, "wants epsilon_high"),
+        ({"loss_type": "cispo"}, "wants loss.epsilon_high"),
         ({"stages": [{"max_step": 3}]}, "stages: unknown key 'max_step'; did you mean 'max_steps'"),
         ({"stages": [{"max_steps": 0}]}, "max_steps must be at least 1; got 0"),
         ({"stages": [{"max_steps": 3, "learning_rate": -1.0}]}, "learning_rate must be positive"),
@@ -198,7 +203,7 @@ def test_presets_have_the_papers_numbers():
 )
 def test_bad_settings_are_one_line(values, line):
     with pytest.raises(InputError, match=line):
-        make_config({"feedback_text": "x"} | values)
+        make_config({"feedback.text": "x"} | values)
 
 
 def run_settings(tiny, folder, **values):
@@ -219,7 +224,7 @@ def run_settings(tiny, folder, **values):
         "save_steps": 0,
         "save_final_model": True,
     }
-    return TrainConfig(**settings | values)
+    return make_config(by_path(settings, "") | by_path(values, ""))
 
 
 @pytest.fixture

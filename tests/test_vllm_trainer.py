@@ -5,7 +5,7 @@ import pytest
 from fdfast.cli import main
 from fdfast.data.problems import questions_path
 from fdfast.rollout.records import read_records
-from fdfast.trainer import TrainConfig, train
+from fdfast.trainer import make_config, train
 from fdfast.trainer.scoring import Scorer, token_logprobs
 from tests.vllm_process import ENVIRONMENT
 
@@ -16,13 +16,13 @@ SETTINGS = {
     "task": "chat",
     "dataset": str(questions_path()),
     "dataset_split": "",
-    "feedback": "constant",
-    "feedback_text": "Be concise: answer in one short sentence.",
+    "feedback.source": "constant",
+    "feedback.text": "Be concise: answer in one short sentence.",
     "prompts_per_step": 4,
     "max_prompt_length": 400,
     "max_completion_length": 12,
     "use_vllm": True,
-    "vllm_max_model_length": 512,
+    "vllm.max_model_length": 512,
 }
 
 
@@ -45,14 +45,16 @@ def test_every_step_is_sampled_from_the_weights_of_the_step_before(tmp_path, mon
 
     monkeypatch.setattr(Scorer, "score", scoring)
     # A rate at which a stale copy of the weights would be far off.
-    config = TrainConfig(
-        **SETTINGS,
-        output_dir=str(tmp_path / "run"),
-        learning_rate=1e-4,
-        warmup_steps=0,
-        max_steps=3,
-        save_steps=0,
-        save_final_model=False,
+    config = make_config(
+        SETTINGS
+        | {
+            "output_dir": str(tmp_path / "run"),
+            "learning_rate": 1e-4,
+            "warmup_steps": 0,
+            "max_steps": 3,
+            "save_steps": 0,
+            "save_final_model": False,
+        }
     )
     rows = train(config, quiet=True)
     assert [row["step"] for row in rows] == [1, 2, 3]

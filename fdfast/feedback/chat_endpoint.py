@@ -56,7 +56,7 @@ class LLMSettings:
     def __post_init__(self) -> None:
         """Check them."""
         if not self.model.strip():
-            raise InputError("feedback 'llm' wants feedback_model, the model's name; got ''")
+            raise InputError("feedback 'llm' wants feedback.model, the model's name; got ''")
         _check_url(self.base_url)
         for name in ("max_concurrency", "timeout_s", "max_completion_length"):
             if not getattr(self, name) > 0:
@@ -65,7 +65,7 @@ class LLMSettings:
                 )
         if self.budget_usd and not self.prices.prompt + self.prices.completion:
             raise InputError(
-                "feedback 'llm': feedback_budget_usd wants feedback_prices_usd, dollars per "
+                "feedback 'llm': feedback.budget_usd wants feedback.prices_usd, dollars per "
                 "million tokens of prompts and of answers"
             )
 
@@ -74,13 +74,13 @@ def _check_url(url: str) -> None:
     """Refuse what is no address, or one that carries a secret; never repeat the secret."""
     if not url:
         raise InputError(
-            "feedback 'llm' wants feedback_base_url, https://api.openai.com/v1, say; got ''"
+            "feedback 'llm' wants feedback.base_url, https://api.openai.com/v1, say; got ''"
         )
     http_calls.check_url(
         url,
-        setting="feedback_base_url",
+        setting="feedback.base_url",
         form="http(s)://HOST[:PORT]/v1",
-        key_setting="feedback_api_key_env",
+        key_setting="feedback.api_key_env",
     )
 
 
@@ -90,7 +90,7 @@ def api_key(name: str) -> str:
     Raises:
         InputError: it is not set, or can be no key; the message does not show it.
     """
-    return http_calls.read_key(name, user="feedback 'llm'", setting="feedback_api_key_env")
+    return http_calls.read_key(name, user="feedback 'llm'", setting="feedback.api_key_env")
 
 
 class NoAnswerError(Exception):
@@ -184,7 +184,7 @@ class ChatEndpoint:
             await self.budget.reserve(most)
         except BudgetError:
             raise NoAnswerError(
-                "the budget is spent (feedback_budget_tokens, feedback_budget_usd)"
+                "the budget is spent (feedback.budget_tokens, feedback.budget_usd)"
             ) from None
         self.counters.requests += 1
         spent = most
@@ -221,7 +221,7 @@ class ChatEndpoint:
         if response.status_code in _REFUSED:
             raise InputError(
                 f"feedback 'llm': {self.settings.base_url} refused model {self.settings.model!r} "
-                f"({said}); see feedback_base_url, feedback_model and feedback_api_key_env"
+                f"({said}); see feedback.base_url, feedback.model and feedback.api_key_env"
             )
         if response.status_code not in http_calls.RETRIED:
             raise NoAnswerError(said)

@@ -97,7 +97,7 @@ class SelfFeedback:
         if not getattr(tokenizer, "chat_template", None):
             raise InputError(
                 "feedback 'self' wants a model with a chat template; this tokenizer has none: take "
-                "an instruct model, or feedback=llm"
+                "an instruct model, or feedback.source=llm"
             )
         self.engine, self.tokenizer, self.options = engine, tokenizer, options
         self.plain = PlainText(tokenizer)

@@ -140,5 +140,5 @@ def feedback_provider(name: str, text: str = "") -> FeedbackProvider:
     if name not in PROVIDERS:
         raise InputError(f"feedback must be one of {', '.join(PROVIDERS)}; got {name!r}")
     if name == "constant" and not text:
-        raise InputError("feedback 'constant' wants feedback_text, the sentence for the teacher")
+        raise InputError("feedback 'constant' wants feedback.text, the sentence for the teacher")
     return PROVIDERS[name](text)

@@ -51,8 +51,8 @@ class Prompts:
     ) -> None:
         self.tokenizer, self.config, self.tools = tokenizer, config, list(tools)
         self.plain = PlainText(tokenizer)
-        own = teacher_template(config.feedback, config.feedback_position)
-        self.teacher_template = config.feedback_template or own
+        own = teacher_template(config.feedback.source, config.feedback.position)
+        self.teacher_template = config.feedback.template or own
         self._check_tools()
 
     def student(self, problem: Problem) -> list[int]:
@@ -61,12 +61,12 @@ class Prompts:
         Raises:
             InputError: it has more than max_prompt_length tokens.
         """
-        user = self.config.prompt_template.replace("{prompt}", problem.prompt)
+        user = self.config.prompt.prompt_template.replace("{prompt}", problem.prompt)
         ids = self._ids(problem, user, [problem.prompt])
-        if len(ids) > self.config.max_prompt_length:
+        if len(ids) > self.config.prompt.max_prompt_length:
             raise InputError(
                 f"problem {problem.name}: its prompt has {len(ids)} tokens, max_prompt_length is "
-                f"{self.config.max_prompt_length}; raise it, or drop the problem"
+                f"{self.config.prompt.max_prompt_length}; raise it, or drop the problem"
             )
         return ids
 
@@ -77,7 +77,7 @@ class Prompts:
         if not feedback:
             return self.student(problem), False
         feedback, clipped = self._fit(feedback)
-        prompt = self.config.prompt_template.replace("{prompt}", problem.prompt)
+        prompt = self.config.prompt.prompt_template.replace("{prompt}", problem.prompt)
         parts = {"{prompt}": prompt, "{feedback}": feedback}
         # In one pass: what a text holds is never taken for a mark.
         user = re.sub(r"\{prompt\}|\{feedback\}", lambda m: parts[m[0]], self.teacher_template)
@@ -85,7 +85,7 @@ class Prompts:
 
     def _check_tools(self) -> None:
         names = [tool["function"]["name"] for tool in self.tools]
-        shown = self._text(self.config.prompt_template, "") if names else ""
+        shown = self._text(self.config.prompt.prompt_template, "") if names else ""
         if missing := [name for name in names if name not in shown]:
             raise InputError(
                 f"tools: the model's chat template does not show them, and no prompt names "
@@ -98,7 +98,7 @@ class Prompts:
         most.
         """
         ids = self.tokenizer(feedback, add_special_tokens=False).input_ids
-        limit = self.config.max_feedback_length
+        limit = self.config.feedback.max_feedback_length
         if len(ids) <= limit:
             return feedback, False
         head, tail = ids[: (limit + 1) // 2], ids[len(ids) - limit // 2 :]
@@ -111,18 +111,18 @@ class Prompts:
         return self.plain.encode_chat(self._text(user, problem.prompt), others)
 
     def _text(self, user: str, prompt: str) -> str:
-        messages = [{"role": "system", "content": self.config.system_prompt}]
-        if not self.config.system_prompt:
+        messages = [{"role": "system", "content": self.config.prompt.system_prompt}]
+        if not self.config.prompt.system_prompt:
             messages = []
-        for question, answer in self.config.examples:
-            asked = self.config.prompt_template.replace("{prompt}", question)
+        for question, answer in self.config.prompt.examples:
+            asked = self.config.prompt.prompt_template.replace("{prompt}", question)
             messages.append({"role": "user", "content": asked})
             messages.append({"role": "assistant", "content": answer})
         messages.append({"role": "user", "content": user})
         text: str = self.tokenizer.apply_chat_template(
             messages, tools=self.tools or None, tokenize=False, add_generation_prompt=True
         )
-        return text + self.config.completion_prefix.replace("{prompt}", prompt)
+        return text + self.config.prompt.completion_prefix.replace("{prompt}", prompt)
 
 
 def completion_tree(

@@ -29,6 +29,7 @@ from fdfast.teacher import EMATeacher
 from fdfast.trainer.config import TrainConfig
 from fdfast.trainer.master import MasterWeights
 from fdfast.trainer.ranks import Ranks
+from fdfast.trainer.settings import plain
 from fdfast.trainer.sharded_checkpoint import (
     SHARDS,
     cut_like,
@@ -87,9 +88,9 @@ def checkpoints(folder: Path) -> list[Path]:
 def save_checkpoint(
     state: TrainState, config: TrainConfig, folder: Path, ranks: Ranks | None = None
 ) -> Path:
-    """Write `folder/checkpoint-<step>` and drop the oldest over config.save_total_limit; those that
-    have lost a file or a part of one count for nothing and stay. Of several ranks each writes its
-    shards, the main one the rest.
+    """Write `folder/checkpoint-<step>` and drop the oldest over checkpoint.save_total_limit; those
+    that have lost a file or a part of one count for nothing and stay. Of several ranks each writes
+    its shards, the main one the rest.
 
     Raises:
         MachineError: the disk is too full; checkpoints that were there stay.
@@ -102,10 +103,10 @@ def save_checkpoint(
         _save_shards(state, config, path, ranks)
     else:
         _save_whole(state, config, path)
-    if config.save_total_limit and ranks.main:
+    if config.checkpoint.save_total_limit and ranks.main:
         # Sizes alone: the newest is whole, and to read all the others at each save would take long.
         whole = [old for old in checkpoints(folder) if not damage(old, checksums=False)]
-        for old in whole[: -config.save_total_limit]:
+        for old in whole[: -config.checkpoint.save_total_limit]:
             shutil.rmtree(old)
     return path
 
@@ -157,7 +158,7 @@ def _counts(state: TrainState) -> dict[str, Any]:
 
 def _seal(folder: Path, config: TrainConfig) -> None:
     """The last files of a checkpoint: its settings, and what all the others must be."""
-    text = json.dumps(dataclasses.asdict(config), indent=2)
+    text = json.dumps(plain(config), indent=2)
     (folder / "config.json").write_text(text, encoding="utf-8")
     write_manifest(folder)
 
@@ -207,27 +208,27 @@ def _writing(path: Path, tensors: list[Tensor]) -> Iterator[None]:
 
 # A resumed run is the run that never stopped only with the same settings; these change no number.
 MAY_CHANGE = {
-    "feedback_api_key_env",
-    "feedback_base_url",
-    "feedback_budget_tokens",
-    "feedback_budget_usd",
-    "feedback_max_concurrency",
-    "feedback_max_retries",
-    "feedback_prices_usd",
-    "feedback_timeout_s",
-    "kl_alarm_ratio",
-    "lean_workers",
-    "max_skipped_steps",
-    "max_steps",
-    "model_name_or_path",
+    "checkpoint.save_final_model",
+    "checkpoint.save_steps",
+    "checkpoint.save_total_limit",
+    "feedback.api_key_env",
+    "feedback.base_url",
+    "feedback.budget_tokens",
+    "feedback.budget_usd",
+    "feedback.max_concurrency",
+    "feedback.max_retries",
+    "feedback.prices_usd",
+    "feedback.timeout_s",
+    "guards.kl_alarm_ratio",
+    "guards.max_skipped_steps",
+    "guards.zero_reward_alarm_steps",
+    "lean.workers",
+    "model.model_name_or_path",
+    "optim.max_steps",
     "output_dir",
-    "save_final_model",
-    "save_steps",
-    "save_total_limit",
-    "vllm_gpu_memory_utilization",
-    "vllm_server_base_url",
-    "vllm_weights_dir",
-    "zero_reward_alarm_steps",
+    "vllm.gpu_memory_utilization",
+    "vllm.server_base_url",
+    "vllm.weights_dir",
 }
 
 
@@ -241,9 +242,9 @@ def check_settings(config: TrainConfig, checkpoint: Path) -> None:
         saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{checkpoint}/config.json: can't be read ({error})") from error
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    now = plain(config)
     # A setting that is newer than the checkpoint had its default then.
-    before = json.loads(json.dumps(dataclasses.asdict(TrainConfig()))) | saved
+    before = plain(TrainConfig()) | saved
     differ = [
         f"{key} {before[key]!r} -> {value!r}"
         for key, value in now.items()

@@ -74,7 +74,7 @@ def collect(
         raise InputError(f"{lines}: holds attempts already; name another --output, or remove it")
     if feedback:
         check_key(config)
-    problems = read_split(config, config.dataset_split)[:limit]
+    problems = read_split(config, config.data.dataset_split)[:limit]
     with ExitStack() as stack:
         stack.enter_context(sigterm_as_interrupt())
         screen = stack.enter_context(Screen("rollout", total=len(problems), quiet=quiet))
@@ -82,8 +82,8 @@ def collect(
         # First: a package that it lacks is an error now, not hours later.
         writer = stack.enter_context(RecordWriter(lines, parquet=table))
         lean = stack.enter_context(lean_pool(config))
-        screen.say(f"loading {config.model_name_or_path}")
-        model, tokenizer = load_model(config.model_name_or_path, dtype=config.dtype)
+        screen.say(f"loading {config.model.model_name_or_path}")
+        model, tokenizer = load_model(config.model.model_name_or_path, dtype=config.model.dtype)
         prompts = Prompts(tokenizer, config, schemas(config))
         check_problems(problems, prompts, lean)
         provider = make_provider(config, model, tokenizer, is_initial=True) if feedback else None
@@ -91,7 +91,7 @@ def collect(
             closing(make_engine(config, model, tokenizer, lean, screen.say))
         )
         # An engine in this process has these weights; a server may have any, an actor none.
-        there = 0 if config.vllm_mode == "colocate" and not config.ray_address else None
+        there = 0 if config.vllm.mode == "colocate" and not config.ray.address else None
         rollouts = Rollouts(config, engine, lean, prompts, provider, there, may_fail=True)
         _collect(rollouts, Student(model), problems, tokenizer, writer, screen)
 
@@ -110,12 +110,13 @@ def _collect(
     writer: RecordWriter,
     screen: Screen,
 ) -> None:
-    config, size = rollouts.config, rollouts.config.prompts_per_step
+    config, sampled = rollouts.config, rollouts.config.rollout
+    size = sampled.prompts_per_step
     for start in range(0, len(problems), size):
         clock, begun = Clock(), time.perf_counter()
         seed = step_seed(config, start // size)
         chosen = problems[start : start + size]
-        attempts, _ = rollouts.attempts(chosen, config.num_generations, seed, student, clock)
+        attempts, _ = rollouts.attempts(chosen, sampled.num_generations, seed, student, clock)
         tokens = sum(a.completion.num_sampled for a in attempts)
         rate = tokens / clock.metrics()["time/rollout"]
         for record in _records(attempts, student, rollouts, tokenizer, seed):
@@ -149,6 +150,6 @@ def _records(
             feedback=attempt.feedback if id(attempt) in seen else None,
             student_logprobs=own,
             teacher_logprobs=teachers,
-            model=rollouts.config.model_name_or_path,
+            model=rollouts.config.model.model_name_or_path,
             seed=seed,
         )

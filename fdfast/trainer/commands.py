@@ -10,8 +10,9 @@ from fdfast.errors import InputError
 if TYPE_CHECKING:
     from fdfast.trainer.config import TrainConfig
 
-_SETTINGS = """Settings come from the preset, then from the file, then from key=value words;
-the later wins:
+_SETTINGS = """Settings come from the preset, then from the YAML file, then from key=value words;
+the later wins. A setting is named by its path (loss.beta), or by its last name alone
+where that is one setting's (beta):
 
   fdfast {command}
 
@@ -71,8 +72,7 @@ def register(subparsers: "argparse._SubParsersAction[Any]") -> None:
         "show", help="every setting of a preset with its meaning, as YAML that --config reads"
     )
     show.add_argument("preset", nargs="?", choices=_Presets(), metavar="PRESET", help="%(choices)s")
-    show.add_argument("settings", nargs="*", metavar="key=value", help="over the preset's")
-    show.add_argument("--config", type=Path, metavar="FILE", help="YAML, over the preset's")
+    _add_words(show)
     show.set_defaults(run=_show_config)
 
     rollout = subparsers.add_parser(
@@ -87,7 +87,7 @@ def register(subparsers: "argparse._SubParsersAction[Any]") -> None:
     rollout.add_argument(
         "--backend",
         choices=("hf", "vllm"),
-        help="what samples: transformers, or vLLM (a server's with vllm_server_base_url=...)",
+        help="what samples: transformers, or vLLM (a server's with vllm.server_base_url=...)",
     )
     rollout.add_argument("--output", type=Path, default=Path("runs/rollout"), metavar="FOLDER")
     rollout.add_argument("--limit", type=int, metavar="N", help="the first N problems alone")
@@ -100,30 +100,42 @@ def register(subparsers: "argparse._SubParsersAction[Any]") -> None:
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="over the file's settings")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML, `key: value` lines")
+    _add_words(parser)
     parser.add_argument(
         "--preset", choices=_Presets(), metavar="NAME", help="begin with these: %(choices)s"
     )
 
 
+def _add_words(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="over the file's settings")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="the same, as an option"
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML, over the preset's")
+
+
+def _load(arguments: argparse.Namespace) -> "TrainConfig":
+    from fdfast.trainer import load_config
+
+    words = [*arguments.settings, *arguments.set]
+    return load_config(arguments.config, words, preset=arguments.preset)
+
+
 def _train(arguments: argparse.Namespace) -> int:
-    from fdfast.trainer import load_config, train
+    from fdfast.trainer import train
     from fdfast.trainer.ranks import ranks_of_torchrun
 
     with ranks_of_torchrun() as ranks:
         with ranks.together():  # one of them says what is wrong
-            config = load_config(arguments.config, arguments.settings, preset=arguments.preset)
+            config = _load(arguments)
         train(config, resume=arguments.resume)
     return 0
 
 
 def _show_config(arguments: argparse.Namespace) -> int:
-    from fdfast.trainer import load_config
     from fdfast.trainer.describe import describe
 
-    config = load_config(arguments.config, arguments.settings, preset=arguments.preset)
-    print(describe(config), end="")
+    print(describe(_load(arguments)), end="")
     return 0
 
 
@@ -141,18 +153,23 @@ def _rollout(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _names_a_server(word: str) -> bool:
+    name = word.partition("=")[0]
+    return name in ("vllm.server_base_url", "vllm_server_base_url", "server_base_url")
+
+
 def _rollout_config(arguments: argparse.Namespace) -> "TrainConfig":
     """The settings, where the command's own words win."""
     from fdfast.trainer import load_config
 
-    words = list(arguments.settings)
+    words = [*arguments.settings, *arguments.set]
     if arguments.no_feedback:  # whatever source is named is not asked
-        words += ["feedback=constant", "feedback_text=none", "feedback_on_failure=skip"]
+        words += ["feedback.source=constant", "feedback.text=none", "feedback.on_failure=skip"]
     for key, value in (("model_name_or_path", arguments.model), ("dataset", arguments.data)):
         if value is not None:
             words.append(f"{key}={value}")
     if arguments.backend is not None:
         words.append(f"use_vllm={'true' if arguments.backend == 'vllm' else 'false'}")
-    if arguments.backend == "vllm" and any(w.startswith("vllm_server_base_url=") for w in words):
-        words.append("vllm_mode=server")
+    if arguments.backend == "vllm" and any(_names_a_server(word) for word in words):
+        words.append("vllm.mode=server")
     return load_config(arguments.config, words, preset=arguments.preset)

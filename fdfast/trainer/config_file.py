@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_origin
@@ -10,6 +9,7 @@ from typing import Any, Literal, get_origin
 from fdfast.errors import InputError, MachineError
 from fdfast.trainer.config import TrainConfig
 from fdfast.trainer.presets import PRESETS
+from fdfast.trainer.settings import path_of, paths
 from fdfast.trainer.stages import Stage
 
 
@@ -19,20 +19,21 @@ def make_config(
     """A TrainConfig from plain values, their types checked and converted.
 
     Args:
-        values: key -> value.
+        values: by path (loss.beta), in groups ({"loss": {"beta": 0}}), or by the other names that
+            `settings.path_of` knows.
         source: where they come from, for the message.
-        sources: key -> where that one comes from; a key that is not in it comes from `source`.
+        sources: path -> where that one comes from; a path that is not in it comes from `source`.
 
     Raises:
         InputError: an unknown key (with the nearest known one), a wrong type or value.
         MachineError: pydantic is missing.
     """
+    given = by_path(values, source)
     sources = sources or {}
-    for key in values:
-        _check_names({key: None}, TrainConfig, sources.get(key, source))
-    stages = values.get("stages")
-    for stage in stages if isinstance(stages, list | tuple) else ():
-        _check_names(stage, Stage, f"{sources.get('stages', source)}: stages")
+    stages = given.get("stages")
+    if isinstance(stages, list | tuple):
+        place = f"{sources.get('stages', source)}: stages"
+        given["stages"] = [_stage(stage, place) for stage in stages]
     try:
         from pydantic import TypeAdapter, ValidationError
     except ImportError as error:
@@ -40,29 +41,67 @@ def make_config(
             f"configs need pydantic ({error}); run: pip install 'fdfast[train]'"
         ) from error
     try:
-        return TypeAdapter(TrainConfig).validate_python(values)
+        return TypeAdapter(TrainConfig).validate_python(_nested(given))
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "value_error":  # __post_init__'s own line; input is every setting
             raise InputError(str(first["ctx"]["error"])) from error
-        where = sources.get(str(first["loc"][0]), source)
+        loc = [str(part) for part in first["loc"]]
+        where = sources.get(".".join(loc[:2]), sources.get(loc[0], source))
         raise InputError(
-            f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}; got {first['input']!r}"
+            f"{where}: {'.'.join(loc)}: {first['msg']}; got {first['input']!r}"
         ) from error
 
 
-def _check_names(values: Any, settings: type, place: str) -> None:
-    """Every key is a setting.
+def by_path(values: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Settings by path, from groups within groups and from the names that `path_of` knows.
 
     Raises:
-        InputError: one is none; with the nearest that is one.
+        InputError: a key is no setting, stands there twice, or is a group without settings.
     """
-    known = [f.name for f in dataclasses.fields(settings)]
-    for key in values if isinstance(values, Mapping) else ():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"{place}: unknown key {key!r}{hint}")
+    found: dict[str, Any] = {}
+    _, groups = paths(TrainConfig)
+    for key, value in values.items():
+        path = path_of(str(key), TrainConfig, place)
+        given = {path: value}
+        if path in groups:
+            if not isinstance(value, Mapping):
+                raise InputError(
+                    f"{place}: {path} is a group of settings ({path}.{_first(groups[path])}, ...); "
+                    f"got {value!r}"
+                )
+            given = {path_of(f"{path}.{name}", TrainConfig, place): v for name, v in value.items()}
+        if twice := sorted(found.keys() & given.keys()):
+            raise InputError(f"{place}: {twice[0]} is given twice; drop one")
+        found |= given
+    return found
+
+
+def _first(group: type) -> str:
+    return dataclasses.fields(group)[0].name
+
+
+def _nested(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a tree of dataclasses is validated from."""
+    tree: dict[str, Any] = {}
+    for path, value in given.items():
+        name, dot, rest = path.partition(".")
+        if dot:
+            tree.setdefault(name, {})[rest] = value
+        else:
+            tree[name] = value
+    return tree
+
+
+def _stage(values: Any, place: str) -> Any:
+    """A stage's settings by their last names, which are enough there.
+
+    Raises:
+        InputError: a key is none of a stage's.
+    """
+    if not isinstance(values, Mapping):
+        return values
+    return {path_of(str(key).rsplit(".", 1)[-1], Stage, place): v for key, v in values.items()}
 
 
 def load_config(
@@ -83,13 +122,14 @@ def load_config(
             raise InputError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
         values |= PRESETS[preset]
     if path is not None:
-        loaded = _read_yaml(path)
+        loaded = by_path(_read_yaml(path), str(path))
         values |= loaded
         sources |= dict.fromkeys(loaded, str(path))
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals:
             raise InputError(f"{word!r} is no setting; write key=value, learning_rate=2e-5, say")
+        key = path_of(key, TrainConfig, "command line")
         values[key] = text if key in _TEXTS else _yaml_value(key, text)
         sources[key] = "command line"
     return make_config(values, sources=sources)
@@ -132,7 +172,7 @@ def _yaml_value(key: str, text: str) -> Any:
 
 
 _TEXTS = frozenset(
-    f.name
-    for f in dataclasses.fields(TrainConfig)
-    if f.type is str or get_origin(f.type) is Literal
+    path
+    for path, kind in paths(TrainConfig)[0].items()
+    if kind is str or get_origin(kind) is Literal
 )

@@ -5,27 +5,37 @@ import re
 from typing import Any
 
 from fdfast.trainer.config import TrainConfig
+from fdfast.trainer.settings import Settings
 
 _FIELD = re.compile(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", re.MULTILINE)
 
 
-def documentation() -> dict[str, str]:
-    """What each setting is, in a line, from TrainConfig's own words."""
-    text = TrainConfig.__doc__ or ""
+def documentation(settings: Settings) -> dict[str, str]:
+    """What each setting of a group is, in a line, from its class's own words."""
+    text = type(settings).__doc__ or ""
     return {name: " ".join(said.split()) for name, said in _FIELD.findall(text)}
 
 
 def describe(config: TrainConfig) -> str:
     """The settings as YAML, each with a comment above it."""
+    return "\n".join(_lines(config, ""))
+
+
+def _lines(settings: Settings, indent: str) -> list[str]:
     import yaml
 
-    said = documentation()
+    said = documentation(settings)
     lines = []
-    for field in dataclasses.fields(config):
-        value = yaml_value(getattr(config, field.name))
-        written = yaml.safe_dump({field.name: value}, allow_unicode=True, width=1_000_000)
-        lines += [f"# {said[field.name]}", written.rstrip("\n"), ""]
-    return "\n".join(lines)
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        lines.append(f"{indent}# {said[field.name]}")
+        if isinstance(value, Settings):
+            lines += [f"{indent}{field.name}:", *_lines(value, indent + "  ")]
+            continue
+        written = yaml.safe_dump({field.name: yaml_value(value)}, allow_unicode=True, width=10**6)
+        lines += [indent + line for line in written.rstrip("\n").split("\n")]
+        lines += [] if indent else [""]
+    return [*lines, ""] if indent else lines
 
 
 def yaml_value(value: Any) -> Any:

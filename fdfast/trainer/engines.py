@@ -32,38 +32,38 @@ def make_engine(
         InputError: the settings of vLLM do not fit the model.
         MachineError: vLLM or Ray is missing, or there is no server or cluster.
     """
-    if config.ray_address:
+    if config.ray.address:
         return _make_fleet(config, model, tokenizer, lean, say)
-    if not config.use_vllm:
-        return HFEngine(model, tokenizer, batch_size=config.generation_batch_size)
-    if config.vllm_mode == "server":
+    if not config.rollout.use_vllm:
+        return HFEngine(model, tokenizer, batch_size=config.rollout.generation_batch_size)
+    if config.vllm.mode == "server":
         from fdfast.rollout.turns import end_ids
         from fdfast.rollout.vllm_server import VLLMServerEngine
 
         return VLLMServerEngine(
-            config.vllm_server_base_url,
+            config.vllm.server_base_url,
             tokenizer,
             end_ids=end_ids(model.generation_config, tokenizer),
-            max_concurrency=config.generation_batch_size,
-            weights_dir=Path(config.vllm_weights_dir) if config.vllm_weights_dir else None,
-            may_sleep=config.vllm_enable_sleep_mode,
+            max_concurrency=config.rollout.generation_batch_size,
+            weights_dir=Path(config.vllm.weights_dir) if config.vllm.weights_dir else None,
+            may_sleep=config.vllm.enable_sleep_mode,
         )
     from fdfast.rollout.vllm_engine import VLLMEngine
     from fdfast.rollout.vllm_turns import logprobs_mode_for
 
-    name = config.model_name_or_path
+    name = config.model.model_name_or_path
     return VLLMEngine(
         fetch_demo_model() if name == "demo" else name,
         tokenizer,
-        dtype=config.dtype,
-        max_model_len=config.vllm_max_model_length or None,
-        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
-        tensor_parallel_size=config.vllm_tensor_parallel_size,
-        enable_sleep_mode=config.vllm_enable_sleep_mode,
+        dtype=config.model.dtype,
+        max_model_len=config.vllm.max_model_length or None,
+        gpu_memory_utilization=config.vllm.gpu_memory_utilization,
+        tensor_parallel_size=config.vllm.tensor_parallel_size,
+        enable_sleep_mode=config.vllm.enable_sleep_mode,
         logprobs_mode=logprobs_mode_for(sampling_options(config)) or "processed_logprobs",
-        max_num_seqs=config.generation_batch_size,
+        max_num_seqs=config.rollout.generation_batch_size,
         seed=config.seed,
-        weights_dir=Path(config.vllm_weights_dir) if config.vllm_weights_dir else None,
+        weights_dir=Path(config.vllm.weights_dir) if config.vllm.weights_dir else None,
     )
 
 
@@ -78,29 +78,29 @@ def _make_fleet(
     from fdfast.rollout.vllm_turns import logprobs_mode_for
 
     vllm_args = {
-        "max_model_len": config.vllm_max_model_length or None,
-        "gpu_memory_utilization": config.vllm_gpu_memory_utilization,
-        "tensor_parallel_size": config.vllm_tensor_parallel_size,
+        "max_model_len": config.vllm.max_model_length or None,
+        "gpu_memory_utilization": config.vllm.gpu_memory_utilization,
+        "tensor_parallel_size": config.vllm.tensor_parallel_size,
         "logprobs_mode": logprobs_mode_for(sampling_options(config)) or "processed_logprobs",
         "seed": config.seed,
     }
     settings = ActorSettings(
         model_files(model, tokenizer),
-        dtype=config.dtype,
-        batch_size=config.generation_batch_size,
-        use_vllm=config.use_vllm,
-        vllm_args=vllm_args if config.use_vllm else {},
+        dtype=config.model.dtype,
+        batch_size=config.rollout.generation_batch_size,
+        use_vllm=config.rollout.use_vllm,
+        vllm_args=vllm_args if config.rollout.use_vllm else {},
         lean_version="" if lean is None else lean.toolchain.version,
-        lean_workers=config.lean_workers,
-        lean_timeout_s=config.lean_timeout_s,
-        tools=config.tools,
+        lean_workers=config.lean.workers,
+        lean_timeout_s=config.lean.timeout_s,
+        tools=config.rollout.tools,
         libraries=tool_libraries(config),
     )
     return RayFleet(
         settings,
-        address=config.ray_address,
-        num_actors=config.ray_num_actors,
-        gpus_per_actor=config.ray_gpus_per_actor,
-        cpus_per_actor=config.ray_cpus_per_actor,
+        address=config.ray.address,
+        num_actors=config.ray.num_actors,
+        gpus_per_actor=config.ray.gpus_per_actor,
+        cpus_per_actor=config.ray.cpus_per_actor,
         say=say,
     )

@@ -27,38 +27,38 @@ def check_feedback(config: "TrainConfig") -> None:
     Raises:
         InputError: one is broken.
     """
-    sources, failing = _sources(config), config.feedback in ("llm", "self")
-    if "constant" in sources and not config.feedback_text.strip():
+    sources, failing = _sources(config), config.feedback.source in ("llm", "self")
+    if "constant" in sources and not config.feedback.text.strip():
         raise InputError(
-            "config: feedback 'constant' wants feedback_text, the sentence for the teacher"
+            "config: feedback 'constant' wants feedback.text, the sentence for the teacher"
         )
     for source in sources:
-        if config.task == "chat" and source in ("verifier", "solution"):
+        if config.data.task == "chat" and source in ("verifier", "solution"):
             raise InputError(
                 f"config: feedback {source!r} wants task 'lean'; with task 'chat' take "
-                "feedback=constant and a feedback_text"
+                "feedback.source=constant and a feedback.text"
             )
-    if config.feedback_on_failure != "skip" and not failing:
+    if config.feedback.on_failure != "skip" and not failing:
         raise InputError(
-            f"config: feedback_on_failure is for feedback llm and self, {config.feedback!r} never "
-            f"fails; got {config.feedback_on_failure!r}"
+            f"config: feedback.on_failure is for feedback llm and self, {config.feedback.source!r} "
+            f"never fails; got {config.feedback.on_failure!r}"
         )
-    if config.feedback_on_failure == config.feedback:
+    if config.feedback.on_failure == config.feedback.source:
         raise InputError(
-            f"config: feedback_on_failure must be skip or another source than feedback; got "
-            f"{config.feedback_on_failure!r} for both"
+            f"config: feedback.on_failure must be skip or another source than feedback; got "
+            f"{config.feedback.on_failure!r} for both"
         )
-    if not all(math.isfinite(p) and p >= 0 for p in config.feedback_prices_usd):
+    if not all(math.isfinite(p) and p >= 0 for p in config.feedback.prices_usd):
         raise InputError(
-            "config: feedback_prices_usd must be two numbers, not negative; got "
-            f"{config.feedback_prices_usd}"
+            "config: feedback.prices_usd must be two numbers, not negative; got "
+            f"{config.feedback.prices_usd}"
         )
     if "llm" in sources:
         _llm_settings(config)
     for mark in ("{prompt}", "{feedback}"):
-        if config.feedback_template and mark not in config.feedback_template:
+        if config.feedback.template and mark not in config.feedback.template:
             raise InputError(
-                f"config: feedback_template must contain {mark}; got {config.feedback_template!r}"
+                f"config: feedback.template must contain {mark}; got {config.feedback.template!r}"
             )
 
 
@@ -69,13 +69,13 @@ def check_key(config: "TrainConfig") -> None:
         InputError: it is not.
     """
     if "llm" in _sources(config):
-        api_key(config.feedback_api_key_env)
+        api_key(config.feedback.api_key_env)
 
 
 def make_provider(
     config: "TrainConfig", teacher: Any, tokenizer: Any, *, is_initial: bool
 ) -> FeedbackProvider:
-    """The provider of `config.feedback`, with another one for its failures if the settings say so.
+    """The provider of `config.feedback`, with another one for its failures if it names one.
 
     Args:
         config: of the run.
@@ -95,7 +95,7 @@ def make_provider(
 
 def _sources(config: "TrainConfig") -> list[str]:
     """The source, and the one for its failures."""
-    return [s for s in (config.feedback, config.feedback_on_failure) if s != "skip"]
+    return [s for s in (config.feedback.source, config.feedback.on_failure) if s != "skip"]
 
 
 def _provider(
@@ -104,39 +104,39 @@ def _provider(
     if source == "llm":
         return LLMFeedback(_llm_settings(config))
     if source != "self":
-        return feedback_provider(source, config.feedback_text)
+        return feedback_provider(source, config.feedback.text)
     options = SamplingOptions(
-        max_completion_length=config.feedback_max_completion_length,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
+        max_completion_length=config.feedback.max_tokens,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        top_k=config.rollout.top_k,
     )
     model = teacher
-    if config.feedback_self_model == "initial" and not is_initial:
-        model, _ = load_model(config.model_name_or_path, dtype=config.dtype)
+    if config.feedback.self_model == "initial" and not is_initial:
+        model, _ = load_model(config.model.model_name_or_path, dtype=config.model.dtype)
         model.requires_grad_(False)
     return SelfFeedback(
-        HFEngine(model, tokenizer, batch_size=config.generation_batch_size),
+        HFEngine(model, tokenizer, batch_size=config.rollout.generation_batch_size),
         tokenizer,
         options,
         # As long as the longest text that the student itself may come to.
-        max_prompt_length=config.max_prompt_length + config.max_completion_length,
-        allow_solution=config.feedback_allow_solution,
+        max_prompt_length=config.prompt.max_prompt_length + config.rollout.max_completion_length,
+        allow_solution=config.feedback.allow_solution,
         seed=config.seed,
     )
 
 
 def _llm_settings(config: "TrainConfig") -> LLMSettings:
     return LLMSettings(
-        base_url=config.feedback_base_url,
-        model=config.feedback_model,
-        api_key_env=config.feedback_api_key_env,
-        max_concurrency=config.feedback_max_concurrency,
-        max_retries=config.feedback_max_retries,
-        timeout_s=config.feedback_timeout_s,
-        max_completion_length=config.feedback_max_completion_length,
-        allow_solution=config.feedback_allow_solution,
-        prices=Prices(*config.feedback_prices_usd),
-        budget_tokens=config.feedback_budget_tokens,
-        budget_usd=config.feedback_budget_usd,
+        base_url=config.feedback.base_url,
+        model=config.feedback.model,
+        api_key_env=config.feedback.api_key_env,
+        max_concurrency=config.feedback.max_concurrency,
+        max_retries=config.feedback.max_retries,
+        timeout_s=config.feedback.timeout_s,
+        max_completion_length=config.feedback.max_tokens,
+        allow_solution=config.feedback.allow_solution,
+        prices=Prices(*config.feedback.prices_usd),
+        budget_tokens=config.feedback.budget_tokens,
+        budget_usd=config.feedback.budget_usd,
     )

@@ -39,7 +39,7 @@ def alarms(history: Sequence[Row], row: Row, config: TrainConfig) -> list[Alarm]
         row: of the step.
         config: of the run.
     """
-    window = history[-config.alarm_window :]
+    window = history[-config.guards.alarm_window :]
     found = [_entropy(window, row, config), _kl(window, row, config), _reward(window, row, config)]
     return [alarm for alarm in [*found, _lean(row)] if alarm is not None]
 
@@ -56,49 +56,49 @@ def num_skipped(history: Sequence[Row]) -> int:
 
 def rate_factor(history: Sequence[Row], config: TrainConfig) -> float:
     """What the learning rate is multiplied by after the entropy alarms so far."""
-    if config.entropy_alarm_action != "lower_rate":
+    if config.guards.entropy_alarm_action != "lower_rate":
         return 1.0
     return 0.5 ** sum("entropy" in seen.get("alarms", ()) for seen in history)
 
 
 def _entropy(window: Sequence[Row], row: Row, config: TrainConfig) -> Alarm | None:
-    usual = _median(window, "entropy")
-    if not config.entropy_alarm_ratio or usual is None or not _finite(row.get("entropy")):
+    usual, share = _median(window, "entropy"), config.guards.entropy_alarm_ratio
+    if not share or usual is None or not _finite(row.get("entropy")):
         return None
     # One alarm for one fall: it is heard again when the median has come down after it.
     if any("entropy" in seen.get("alarms", ()) for seen in window):
         return None
-    if row["entropy"] >= config.entropy_alarm_ratio * usual:
+    if row["entropy"] >= share * usual:
         return None
     advice = {
         "warn": "lower learning_rate, raise entropy_coef, or go back to an earlier checkpoint",
         "stop": "the run stops: lower learning_rate or raise entropy_coef, and go on from an "
         "earlier checkpoint's model",
         "lower_rate": "learning_rate is halved from here on",
-    }[config.entropy_alarm_action]
+    }[config.guards.entropy_alarm_action]
     return Alarm(
         "entropy",
-        f"entropy {row['entropy']:.3f} is below {config.entropy_alarm_ratio:g} of its median "
+        f"entropy {row['entropy']:.3f} is below {share:g} of its median "
         f"{usual:.3f} over {len(window)} steps, which precedes a collapse; {advice}",
     )
 
 
 def _kl(window: Sequence[Row], row: Row, config: TrainConfig) -> Alarm | None:
-    usual = _median(window, "kl")
-    if not config.kl_alarm_ratio or usual is None or usual <= 0 or not _finite(row.get("kl")):
+    usual, ratio = _median(window, "kl"), config.guards.kl_alarm_ratio
+    if not ratio or usual is None or usual <= 0 or not _finite(row.get("kl")):
         return None
-    if row["kl"] <= config.kl_alarm_ratio * usual:
+    if row["kl"] <= ratio * usual:
         return None
     return Alarm(
         "kl",
-        f"kl {row['kl']:.4g} is more than {config.kl_alarm_ratio:g} times its median {usual:.4g} "
+        f"kl {row['kl']:.4g} is more than {ratio:g} times its median {usual:.4g} "
         f"over {len(window)} steps; look at the step's attempts (fdfast show), lower "
         "learning_rate or max_grad_norm",
     )
 
 
 def _reward(window: Sequence[Row], row: Row, config: TrainConfig) -> Alarm | None:
-    count = config.zero_reward_alarm_steps
+    count = config.guards.zero_reward_alarm_steps
     recent = [*window, row][-count:] if count else []
     if len(recent) < count or not count or any(seen.get("reward") != 0 for seen in recent):
         return None
@@ -117,7 +117,7 @@ def _lean(row: Row) -> Alarm | None:
         return None
     return Alarm(
         "lean",
-        "every check of the step crashed or ran out of time; raise lean_timeout_s, and see "
+        "every check of the step crashed or ran out of time; raise lean.timeout_s, and see "
         "`fdfast lean doctor`",
     )
 

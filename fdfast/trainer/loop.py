@@ -93,17 +93,18 @@ def _train_on(
             check_settings(config, newest)
         check_key(config)
         check_for_ranks(config, ranks)
-        problems = read_split(config, config.dataset_split)
-        held_out = read_split(config, config.eval_split) if config.eval_num_prompts else []
+        problems = read_split(config, config.data.dataset_split)
+        evaluation = config.evaluation
+        held_out = read_split(config, evaluation.eval_split) if evaluation.eval_num_prompts else []
     with (
         Screen(folder.name, total=total_steps(config), quiet=quiet) as screen,
-        _matmul_precision(config.float32_matmul_precision),
+        _matmul_precision(config.model.float32_matmul_precision),
         lean_pool(config) as lean,
         contextlib.ExitStack() as closing,
     ):
         for line in found.lines():
             screen.say(f"{folder}: {line}")
-        screen.say(f"{folder}: loading {newest or config.model_name_or_path}")
+        screen.say(f"{folder}: loading {newest or config.model.model_name_or_path}")
         state = _initial_state(config, newest, ranks)
         sampled = state.whole_model()
         with ranks.together():
@@ -125,7 +126,7 @@ def _train_on(
             config=config,
             state=state,
             problems=problems,
-            held_out=held_out[: config.eval_num_prompts],
+            held_out=held_out[: evaluation.eval_num_prompts],
             rollouts=Rollouts(config, engine, lean, prompts, provider, ranks=ranks),
             log=log,
             screen=screen,
@@ -142,7 +143,7 @@ def _train_and_save(run: "_Run") -> None:
     complete = False
     try:
         _train(run)
-        if run.config.save_final_model:
+        if run.config.checkpoint.save_final_model:
             save_final_model(state, folder, run.ranks)
         complete = True
     finally:
@@ -193,7 +194,7 @@ def _train(run: _Run) -> None:
         clock = Clock()
         chosen = _choose(run.problems, at)
         seed = step_seed(config, state.step)
-        count, feedback = at.config.num_generations, at.config.distillation_weight > 0
+        count, feedback = at.config.rollout.num_generations, at.config.loss.distillation_weight > 0
         attempts, counts = run.rollouts.attempts(
             chosen, count, seed, state, clock, feedback=feedback
         )
@@ -218,7 +219,7 @@ def _train(run: _Run) -> None:
             run.screen.say(f"step {state.step}: {alarm.text}")
         run.screen.at(state.step)
         _stop_if_asked(run, heard)
-        if config.save_steps and state.step % config.save_steps == 0:
+        if config.checkpoint.save_steps and state.step % config.checkpoint.save_steps == 0:
             save_checkpoint(state, config, Path(config.output_dir), run.ranks)
 
 
@@ -237,13 +238,13 @@ def _stop_if_asked(run: _Run, heard: Sequence[Alarm]) -> None:
     config, step = run.config, run.state.step
     skipped = num_skipped(run.log.history)
     with run.ranks.together():
-        if skipped > config.max_skipped_steps:
+        if skipped > config.guards.max_skipped_steps:
             raise MachineError(
                 f"step {step}: the loss or the gradient was not finite in {skipped} steps in a "
                 "row; lower learning_rate, or look at what they were trained on: fdfast show "
                 f"{config.output_dir}/attempts.jsonl --step {step}"
             )
-        if config.entropy_alarm_action == "stop":
+        if config.guards.entropy_alarm_action == "stop":
             for alarm in heard:
                 if alarm.name == "entropy":
                     raise MachineError(f"step {step}: {alarm.text}")
@@ -252,21 +253,21 @@ def _stop_if_asked(run: _Run, heard: Sequence[Alarm]) -> None:
 def _evaluation_due(run: _Run) -> bool:
     config, step = run.config, run.state.step
     asked = step in (0, total_steps(config)) or (
-        config.eval_steps and step % config.eval_steps == 0
+        config.evaluation.eval_steps and step % config.evaluation.eval_steps == 0
     )
     return bool(run.held_out and asked) and step not in run.log.evaluated
 
 
 def _evaluate(run: _Run, scorer: Scorer) -> None:
     """The same without an update, on held-out problems, with the same seed every time."""
-    num_generations, seed = run.config.num_generations_eval, step_seed(run.config, -1)
+    num_generations, seed = run.config.evaluation.num_generations_eval, step_seed(run.config, -1)
     attempts, counts = run.rollouts.attempts(
         run.held_out,
         num_generations,
         seed,
         run.state,
         Clock(),
-        feedback=scorer.config.distillation_weight > 0,
+        feedback=scorer.config.loss.distillation_weight > 0,
     )
     with torch.no_grad():
         metrics = scorer.score(told(attempts), backward=False) | counts
@@ -284,7 +285,7 @@ def _lines(run: _Run, attempts: list[Attempt], seed: int) -> list[dict[str, Any]
     return records(
         attempts,
         run.state.tokenizer,
-        model=run.config.model_name_or_path,
+        model=run.config.model.model_name_or_path,
         seed=seed,
         step=run.state.step,
     )
@@ -292,11 +293,11 @@ def _lines(run: _Run, attempts: list[Attempt], seed: int) -> list[dict[str, Any]
 
 def _initial_state(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> TrainState:
     with ranks.together():
-        if config.dtype == "float16":
+        if config.model.dtype == "float16":
             raise InputError("dtype=float16 can't be trained without loss scaling; take bfloat16")
         model, tokenizer = load_student(
-            config.model_name_or_path,
-            dtype=config.dtype,
+            config.model.model_name_or_path,
+            dtype=config.model.dtype,
             adapters=_adapters(config),
             saved=checkpoint,
         )
@@ -304,20 +305,20 @@ def _initial_state(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -
     sampled = None
     if ranks.device is not None:
         # vLLM takes its weights from anywhere, and has a copy of its own on the GPU.
-        place = torch.device("cpu") if config.use_vllm else ranks.device
+        place = torch.device("cpu") if config.rollout.use_vllm else ranks.device
         sampled = WholeCopy(model, place)
     cut = None if ranks.device is None else functools.partial(shard, device=ranks.device)
     teacher = EMATeacher(
         model,
         # Nobody asks it in a run of GRPO alone: live is no copy.
-        kind=config.teacher_kind if distills(config) else "live",
-        alpha=config.teacher_ema_alpha,
-        every=config.teacher_ema_every,
-        scoring_dtype=config.teacher_scoring_dtype if distills(config) else "",
-        master_device=config.teacher_master_device,
+        kind=config.teacher.kind if distills(config) else "live",
+        alpha=config.teacher.alpha,
+        every=config.teacher.every,
+        scoring_dtype=config.teacher.scoring_dtype if distills(config) else "",
+        master_device=config.teacher.master_device,
         prepare=cut,
     )
-    if config.gradient_checkpointing:
+    if config.model.gradient_checkpointing:
         # transformers 5.2x renamed it and warns at the old name, which 5.17 alone has.
         enable = getattr(model, "activation_checkpointing_enable", None)
         enable = enable or model.gradient_checkpointing_enable
@@ -327,10 +328,10 @@ def _initial_state(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -
     master = MasterWeights(model)
     optimizer = torch.optim.AdamW(
         master.master.values(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
+        lr=config.optim.learning_rate,
+        betas=(config.optim.adam_beta1, config.optim.adam_beta2),
+        eps=config.optim.adam_epsilon,
+        weight_decay=config.optim.weight_decay,
         fused=True,
     )
     state = TrainState(model, tokenizer, teacher, master, optimizer, sampled=sampled)
@@ -348,13 +349,13 @@ def _provider(config: TrainConfig, state: TrainState) -> FeedbackProvider | None
 
 
 def _adapters(config: TrainConfig) -> Adapters | None:
-    if not config.use_peft:
+    if not config.lora.use_peft:
         return None
     return Adapters(
-        rank=config.lora_r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules,
+        rank=config.lora.r,
+        alpha=config.lora.alpha,
+        dropout=config.lora.dropout,
+        target_modules=config.lora.target_modules,
         seed=config.seed,
     )
 
@@ -362,7 +363,8 @@ def _adapters(config: TrainConfig) -> Adapters | None:
 def _scorer(run: _Run, at: Place) -> Scorer:
     """The loss of a stage, and what it looks at."""
     state, config = run.state, at.config
-    reference = _reference(run, at) if config.beta and config.distillation_weight < 1 else None
+    wanted = config.loss.beta and config.loss.distillation_weight < 1
+    reference = _reference(run, at) if wanted else None
     loss_fn = _loss(config, lm_head(state.model))
     return Scorer(config, state.model, state.teacher.model, loss_fn, reference, run.ranks)
 
@@ -375,36 +377,37 @@ def _reference(run: _Run, at: Place) -> Any:
         if student is not None and run.ranks.main:
             keep_reference(student, run.state.tokenizer, path)
     with run.ranks.together():
-        reference = load_reference(run.state.model, path, dtype=run.config.dtype)
+        reference = load_reference(run.state.model, path, dtype=run.config.model.dtype)
     if run.ranks.device is not None:
         shard(reference, run.ranks.device)
     return reference
 
 
 def _loss(config: TrainConfig, head: HeadWeights) -> FeedbackDistillationLoss | GRPOLoss:
+    loss, vllm = config.loss, config.vllm
     common: dict[str, Any] = {
-        "divergence": config.divergence,
-        "alpha": config.divergence_alpha,
-        "tail": config.tail,
+        "divergence": loss.divergence,
+        "alpha": loss.divergence_alpha,
+        "tail": loss.tail,
         "logit_softcap": head.logit_softcap,
-        "entropy_coef": config.entropy_coef,
-        "grad_filter": config.grad_filter,
-        "workspace_mb": config.workspace_mb,
-        "backend": config.backend,
+        "entropy_coef": loss.entropy_coef,
+        "grad_filter": loss.grad_filter,
+        "workspace_mb": loss.workspace_mb,
+        "backend": loss.backend,
     }
-    if config.distillation_weight == 1:
-        return FeedbackDistillationLoss(temperature=config.loss_temperature, **common)
+    if loss.distillation_weight == 1:
+        return FeedbackDistillationLoss(temperature=loss.distillation_temperature, **common)
     return GRPOLoss(
-        distillation_weight=config.distillation_weight,
-        loss_type=config.loss_type,
-        importance_sampling_level=config.importance_sampling_level,
-        epsilon=config.epsilon,
-        epsilon_high=config.epsilon_high,
-        beta=config.beta,
-        temperature=config.temperature,
-        max_completion_length=config.max_completion_length,
-        vllm_importance_sampling_mode=config.vllm_importance_sampling_mode,
-        vllm_importance_sampling_clip_max=config.vllm_importance_sampling_clip_max,
+        distillation_weight=loss.distillation_weight,
+        loss_type=loss.loss_type,
+        importance_sampling_level=loss.importance_sampling_level,
+        epsilon=loss.epsilon,
+        epsilon_high=loss.epsilon_high,
+        beta=loss.beta,
+        temperature=config.rollout.temperature,
+        max_completion_length=config.rollout.max_completion_length,
+        vllm_importance_sampling_mode=vllm.importance_sampling_mode,
+        vllm_importance_sampling_clip_max=vllm.importance_sampling_clip_max,
         **common,
     )
 
@@ -413,7 +416,7 @@ def _choose(problems: Sequence[Problem], at: Place) -> list[Problem]:
     """The step's problems: every epoch is a shuffle of its own, so the step number alone is the
     data cursor.
     """
-    size, seed = at.config.prompts_per_step, at.config.seed
+    size, seed = at.config.rollout.prompts_per_step, at.config.seed
     first = at.position + at.step * size
     places = (divmod(position, len(problems)) for position in range(first, first + size))
     return [problems[_order(seed, epoch, len(problems))[index]] for epoch, index in places]
@@ -436,11 +439,11 @@ def _gradients(run: _Run, scorer: Scorer, attempts: list[Attempt]) -> dict[str, 
 
 def _learning_rate(at: Place) -> float:
     """Of the step there; each stage has a schedule of its own."""
-    config, step = at.config, at.step
-    factor = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    if config.lr_scheduler_type == "linear" and step >= config.warmup_steps:
-        factor = (config.max_steps - step) / max(1, config.max_steps - config.warmup_steps)
-    return config.learning_rate * factor
+    optim, step = at.config.optim, at.step
+    factor = min(1.0, (step + 1) / max(1, optim.warmup_steps))
+    if optim.lr_scheduler_type == "linear" and step >= optim.warmup_steps:
+        factor = (optim.max_steps - step) / max(1, optim.max_steps - optim.warmup_steps)
+    return optim.learning_rate * factor
 
 
 def _update(run: _Run, at: Place, loss: float) -> dict[str, float]:
@@ -453,7 +456,7 @@ def _update(run: _Run, at: Place, loss: float) -> dict[str, float]:
     rate = _learning_rate(at) * rate_factor(run.log.history, config)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
-    limit = config.max_grad_norm or float("inf")
+    limit = config.optim.max_grad_norm or float("inf")
     norm = whole(torch.nn.utils.clip_grad_norm_(state.master.take_gradients(), limit))
     skipped = not (torch.isfinite(norm) and math.isfinite(loss))
     state.changing = True

@@ -1,6 +1,5 @@
 """What a run was made with: settings, versions, commit, machine; `run.json` in its folder."""
 
-import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -15,6 +14,7 @@ import torch
 import fdfast
 from fdfast.files import atomic_file
 from fdfast.trainer.config import TrainConfig
+from fdfast.trainer.settings import plain
 
 # What may change a number.
 LIBRARIES = (
@@ -49,7 +49,7 @@ def provenance(config: TrainConfig) -> dict[str, Any]:
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
-        "config": dataclasses.asdict(config),
+        "config": plain(config),
         "versions": {"fdfast": fdfast.__version__, "python": platform.python_version()}
         | {name: found for name in LIBRARIES if (found := _version(name))},
         "commit": _commit(),

@@ -122,13 +122,13 @@ class Rollouts:
             )
 
     def _toolboxes(self) -> contextlib.AbstractContextManager[Toolboxes | None]:
-        if not self.config.tools:
+        if not self.config.rollout.tools:
             return contextlib.nullcontext()
         assert self.lean is not None
         return Toolboxes(
             self.lean,
             libraries=tool_libraries(self.config),
-            limits=Limits(check_seconds=self.config.lean_timeout_s),
+            limits=Limits(check_seconds=self.config.lean.timeout_s),
         )
 
     def _plain(
@@ -137,7 +137,7 @@ class Rollouts:
         """Attempts before feedback; a proof is worth 1, all else 0."""
         rewards = [float(t.verdict is not None and t.verdict.proved) for t in trajectories]
         shares = self.ranks.every(rewards)
-        scale, rank = self.config.scale_rewards, self.ranks.rank
+        scale, rank = self.config.loss.scale_rewards, self.ranks.rank
         start = sum(map(len, shares[:rank]))
         whole = torch.tensor([reward for share in shares for reward in share])
         every: list[float] = group_advantages(whole, num_generations, scale_rewards=scale).tolist()
@@ -161,9 +161,9 @@ class Rollouts:
         with self.ranks.together():
             if not given["told"] and not self.may_fail:
                 raise MachineError(
-                    f"step {step}: feedback {self.config.feedback!r} failed for all "
+                    f"step {step}: feedback {self.config.feedback.source!r} failed for all "
                     f"{given['all']:.0f} attempts; the latest: {provider.last_failure}; mend that, "
-                    "or let another source step in (feedback_on_failure), and --resume"
+                    "or let another source step in (feedback.on_failure), and --resume"
                 )
         if counters is None or before is None:
             return attempts, {}
@@ -190,25 +190,25 @@ def check_for_ranks(config: TrainConfig, ranks: Ranks) -> None:
     """
     if ranks.size == 1:
         return
-    if config.use_vllm and config.vllm_mode == "server":
+    if config.rollout.use_vllm and config.vllm.mode == "server":
         raise InputError(
-            f"vllm_mode 'server' with {ranks.size} ranks: each would send it its weights; take "
-            "vllm_mode 'colocate', or one rank"
+            f"vllm.mode 'server' with {ranks.size} ranks: each would send it its weights; take "
+            "vllm.mode 'colocate', or one rank"
         )
     alone = {
-        "ray_address": bool(config.ray_address),
-        "use_peft": config.use_peft,
-        "teacher_kind live": config.teacher_kind == "live",
-        "teacher_scoring_dtype": bool(config.teacher_scoring_dtype),
-        "teacher_master_device": bool(config.teacher_master_device),
+        "ray.address": bool(config.ray.address),
+        "lora.use_peft": config.lora.use_peft,
+        "teacher.kind live": config.teacher.kind == "live",
+        "teacher.scoring_dtype": bool(config.teacher.scoring_dtype),
+        "teacher.master_device": bool(config.teacher.master_device),
     }
     if refused := [name for name, asked in alone.items() if asked]:
         raise InputError(f"{refused[0]} is for one rank; got {ranks.size}: drop it, or take one")
-    own = "self" in (config.feedback, config.feedback_on_failure)
-    if own and config.feedback_self_model == "teacher":
+    own = "self" in (config.feedback.source, config.feedback.on_failure)
+    if own and config.feedback.self_model == "teacher":
         raise InputError(
-            f"feedback_self_model 'teacher' with {ranks.size} ranks: none has the whole teacher; "
-            "take feedback_self_model 'initial', or one rank"
+            f"feedback.self_model 'teacher' with {ranks.size} ranks: none has the whole teacher; "
+            "take feedback.self_model 'initial', or one rank"
         )
 
 
@@ -237,13 +237,13 @@ def step_seed(config: TrainConfig, step: int) -> int:
 def sampling_options(config: TrainConfig) -> SamplingOptions:
     """How the settings sample."""
     return SamplingOptions(
-        max_completion_length=config.max_completion_length,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        stop_strings=config.stop_strings,
-        max_tool_calling_iterations=config.max_tool_calling_iterations,
-        max_tool_tokens=config.max_tool_tokens,
+        max_completion_length=config.rollout.max_completion_length,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        top_k=config.rollout.top_k,
+        stop_strings=config.rollout.stop_strings,
+        max_tool_calling_iterations=config.rollout.max_tool_calling_iterations,
+        max_tool_tokens=config.rollout.max_tool_tokens,
     )
 
 
@@ -254,14 +254,14 @@ def tool_libraries(config: TrainConfig) -> dict[str, Path]:
         InputError: one is no folder, or two have one name.
     """
     folders: dict[str, Path] = {}
-    for text in config.tool_libraries:
+    for text in config.rollout.tool_libraries:
         path = Path(text).expanduser().resolve()
         if not path.is_dir():
-            raise InputError(f"config: tool_libraries must be folders; {text!r} is none")
+            raise InputError(f"config: rollout.tool_libraries must be folders; {text!r} is none")
         if path.name in folders:
             raise InputError(
-                f"config: tool_libraries {folders[path.name]} and {path} have the same last name, "
-                "by which the model knows them; rename one, or link to it"
+                f"config: rollout.tool_libraries {folders[path.name]} and {path} have the same "
+                "last name, by which the model knows them; rename one, or link to it"
             )
         folders[path.name] = path
     return folders
@@ -269,7 +269,7 @@ def tool_libraries(config: TrainConfig) -> dict[str, Path]:
 
 def schemas(config: TrainConfig) -> list[dict[str, object]]:
     """The tools that the chat template shows."""
-    return tool_schemas(search=bool(config.tool_libraries)) if config.tools else []
+    return tool_schemas(search=bool(config.rollout.tool_libraries)) if config.rollout.tools else []
 
 
 def read_split(config: TrainConfig, split: str) -> list[Problem]:
@@ -279,15 +279,16 @@ def read_split(config: TrainConfig, split: str) -> list[Problem]:
         InputError: no such data set, a malformed record, or none left.
     """
     packaged = {"base_theorems": base_theorems_path, "questions": questions_path}
-    path = packaged[config.dataset]() if config.dataset in packaged else Path(config.dataset)
-    return read_problems(path, task=config.task, split=split or None, names=config.problem_names)
+    data = config.data
+    path = packaged[data.dataset]() if data.dataset in packaged else Path(data.dataset)
+    return read_problems(path, task=data.task, split=split or None, names=data.problem_names)
 
 
 def lean_pool(config: TrainConfig) -> contextlib.AbstractContextManager[LeanPool | None]:
     """One pool of Lean processes for the whole run; None for chat questions."""
-    if config.task != "lean":
+    if config.data.task != "lean":
         return contextlib.nullcontext()
-    return LeanPool(workers=config.lean_workers, timeout_s=config.lean_timeout_s)
+    return LeanPool(workers=config.lean.workers, timeout_s=config.lean.timeout_s)
 
 
 def _item(attempt: Attempt, tools: tuple[str, ...]) -> FeedbackItem:

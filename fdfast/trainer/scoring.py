@@ -23,6 +23,7 @@ from fdfast.topk_head import topk_head
 from fdfast.trainer.batch import Attempt, completion_tree
 from fdfast.trainer.config import TrainConfig
 from fdfast.trainer.ranks import Ranks
+from fdfast.trainer.settings import replaced
 from fdfast.trainer.sharding import empty_pass, gathered, inside, release
 from fdfast.types import PolicyHead, TeacherHidden, TeacherTopK
 
@@ -63,7 +64,7 @@ class Scorer:
         """
         totals: dict[str, float] = {}
         with self.ranks.together():
-            own = [(p, trees(p)) for p in packs(attempts, self.config.max_pass_tokens)]
+            own = [(p, trees(p)) for p in packs(attempts, self.config.model.max_pass_tokens)]
             streams = backward and any(self._streams(student) for _, (student, _) in own)
         said = (sum(a.completion.num_sampled for a in attempts), len(attempts), len(own), streams)
         every = self.ranks.every(said)
@@ -97,7 +98,7 @@ class Scorer:
             student, teacher = (tree.to(device) for tree in both)
             part = _Part(self, pack, student, self._evidence(teacher), counts, totals)
             if backward and self._streams(student):
-                budget = self.config.max_pass_tokens
+                budget = self.config.model.max_pass_tokens
                 backward_in_parts(self.model, student, part, max_tokens=budget)
                 return
             part.look_up()
@@ -116,7 +117,7 @@ class Scorer:
 
     def _constants(self) -> list[Any]:
         """The models that a pass looks at, in its order, beside the student."""
-        asked = [self.teacher] if self.config.distillation_weight else []
+        asked = [self.teacher] if self.config.loss.distillation_weight else []
         return asked + ([] if self.reference is None else [self.reference])
 
     def _streams(self, tree: PrefixTree) -> bool:
@@ -125,14 +126,14 @@ class Scorer:
         Raises:
             InputError: it is, and the loss wants whole sequences.
         """
-        if tree.num_tokens <= self.config.max_pass_tokens:
+        if tree.num_tokens <= self.config.model.max_pass_tokens:
             return False
         if isinstance(self.loss_fn, GRPOLoss) and self.by_sequence():
-            config = self.config
+            loss, budget = self.config.loss, self.config.model.max_pass_tokens
             raise InputError(
                 f"a problem's attempts have {tree.num_tokens} tokens, more than "
-                f"max_pass_tokens = {config.max_pass_tokens}; with loss_type {config.loss_type!r}, "
-                f"importance_sampling_level {config.importance_sampling_level!r} they must fit in "
+                f"max_pass_tokens = {budget}; with loss_type {loss.loss_type!r}, "
+                f"importance_sampling_level {loss.importance_sampling_level!r} they must fit in "
                 "one pass: raise it, or take loss_type 'dapo' and the level 'token'"
             )
         return True
@@ -140,34 +141,32 @@ class Scorer:
     def by_sequence(self) -> bool:
         """Whether the policy's loss wants whole sequences."""
         config = self.config
-        corrected = config.use_vllm and config.vllm_importance_sampling_correction
+        corrected = config.rollout.use_vllm and config.vllm.importance_sampling_correction
         return (
-            config.loss_type in ("grpo", "sapo")
-            or config.importance_sampling_level == "sequence"
-            or (corrected and config.vllm_importance_sampling_mode.startswith("sequence"))
+            config.loss.loss_type in ("grpo", "sapo")
+            or config.loss.importance_sampling_level == "sequence"
+            or (corrected and config.vllm.importance_sampling_mode.startswith("sequence"))
         )
 
     @torch.no_grad()
     def _evidence(self, tree: PrefixTree) -> TeacherHidden | TeacherTopK | None:
         """What the loss is told of the teacher, for every target."""
-        if not self.config.distillation_weight:
+        if not self.config.loss.distillation_weight:
             return None
         return inside(self.teacher, lambda: self._told_by_teacher(tree))
 
     def _told_by_teacher(self, tree: PrefixTree) -> TeacherHidden | TeacherTopK:
-        hidden_TD, head, config = (
-            hidden_states(self.teacher, tree),
-            lm_head(self.teacher),
-            self.config,
-        )
+        hidden_TD, head = hidden_states(self.teacher, tree), lm_head(self.teacher)
+        config = self.config.loss
+        temperature = config.distillation_temperature
         if not config.teacher_top_k:
-            return TeacherHidden(hidden_TD, head.weight, head.bias, config.loss_temperature)
+            return TeacherHidden(hidden_TD, head.weight, head.bias, temperature)
         top = topk_head(
             hidden_TD,
             head.weight,
             config.teacher_top_k,
             bias=head.bias,
-            temperature=config.loss_temperature,
+            temperature=temperature,
             logit_softcap=head.logit_softcap,
             workspace_mb=config.workspace_mb,
             backend=config.backend,
@@ -260,7 +259,7 @@ class _Part:
         advantages = torch.tensor([a.advantage for a in self.pack], device=device)
         advantages = advantages.repeat_interleave(torch.tensor(lengths, device=device))
         sampling = reference = None
-        if scorer.config.use_vllm and scorer.config.vllm_importance_sampling_correction:
+        if scorer.config.rollout.use_vllm and scorer.config.vllm.importance_sampling_correction:
             own = (
                 value
                 for attempt in self.pack
@@ -271,7 +270,8 @@ class _Part:
             )
             sampling = torch.tensor(list(own), device=device)
         if scorer.reference is not None:
-            config = replace(scorer.config, loss_temperature=scorer.config.temperature)
+            temperature = scorer.config.rollout.temperature
+            config = replaced(scorer.config, {"loss.distillation_temperature": temperature})
             values = _target_logprobs(scorer.reference, self.tree, config)
             reference = torch.tensor(values, device=device)
         return advantages, sampling, reference
@@ -313,7 +313,7 @@ def token_logprobs(
         For each attempt the natural log-probabilities of its ids, 0 where the model did not write.
     """
     found: dict[int, tuple[list[float], list[float]]] = {}
-    for pack in packs(attempts, config.max_pass_tokens):
+    for pack in packs(attempts, config.model.max_pass_tokens):
         pairs = zip((student, teacher), trees(pack), strict=True)
         every = [_target_logprobs(model, tree, config) for model, tree in pairs]
         start = 0
@@ -335,10 +335,10 @@ def _target_logprobs(model: Any, tree: PrefixTree, config: TrainConfig) -> list[
             head.weight,
             tree.target_ids,
             bias=head.bias,
-            temperature=config.loss_temperature,
+            temperature=config.loss.distillation_temperature,
             logit_softcap=head.logit_softcap,
-            workspace_mb=config.workspace_mb,
-            backend=config.backend,
+            workspace_mb=config.loss.workspace_mb,
+            backend=config.loss.backend,
         )
         return scored.logprobs
 

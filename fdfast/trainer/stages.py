@@ -1,8 +1,9 @@
 """The stages of a run: Feedback Distillation, then GRPO, say, each with settings of its own."""
 
-import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from fdfast.trainer.settings import path_of, replaced
 
 if TYPE_CHECKING:
     from fdfast.trainer.config import TrainConfig
@@ -59,29 +60,28 @@ class Place:
 
 def stage_configs(config: "TrainConfig") -> list["TrainConfig"]:
     """The settings of each stage; a run without stages is one."""
-    own = ("optimizer_state",)
-    return [
-        dataclasses.replace(
-            config,
-            stages=(),
-            **{
-                name: value
-                for name, value in vars(stage).items()
-                if value is not None and name not in own
-            },
-        )
-        for stage in config.stages
-    ] or [config]
+    return [replaced(config, {"stages": ()} | _own(stage, config)) for stage in config.stages] or [
+        config
+    ]
+
+
+def _own(stage: Stage, config: "TrainConfig") -> dict[str, Any]:
+    """What a stage sets, by path."""
+    return {
+        path_of(name, type(config), "stages"): value
+        for name, value in vars(stage).items()
+        if value is not None and name != "optimizer_state"
+    }
 
 
 def total_steps(config: "TrainConfig") -> int:
     """Optimizer steps of all stages."""
-    return sum(stage.max_steps for stage in config.stages) or config.max_steps
+    return sum(stage.max_steps for stage in config.stages) or config.optim.max_steps
 
 
 def distills(config: "TrainConfig") -> bool:
     """Whether a stage asks the teacher."""
-    return any(settings.distillation_weight > 0 for settings in stage_configs(config))
+    return any(settings.loss.distillation_weight > 0 for settings in stage_configs(config))
 
 
 def place(config: "TrainConfig", step: int) -> Place:
@@ -90,9 +90,9 @@ def place(config: "TrainConfig", step: int) -> Place:
     every = stage_configs(config)
     for index, settings in enumerate(every):
         last = index == len(every) - 1
-        if step < settings.max_steps or last:
+        if step < settings.optim.max_steps or last:
             kept = config.stages[index].optimizer_state if config.stages else "keep"
             return Place(index, settings, step, position, kept)
-        step -= settings.max_steps
-        position += settings.max_steps * settings.prompts_per_step
+        step -= settings.optim.max_steps
+        position += settings.optim.max_steps * settings.rollout.prompts_per_step
     raise AssertionError("there is a stage at least")
