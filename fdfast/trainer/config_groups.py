@@ -388,6 +388,7 @@ class GuardSettings(Settings):
     Attributes:
         max_skipped_steps: steps in a row that may be skipped because their loss or gradient is not
             finite; one more ends the run.
+        max_bad_step_dumps: batches of skipped steps kept in output_dir/bad-step-<n>; 0 for none.
         alarm_window: steps whose median an alarm compares with.
         entropy_alarm_ratio: alarm where entropy falls below this share of its median; 0 for none.
         entropy_alarm_action: what follows: warn, stop (which leaves a checkpoint) or lower_rate (by
@@ -399,6 +400,7 @@ class GuardSettings(Settings):
     group = "guards."
 
     max_skipped_steps: int = not_negative(3)
+    max_bad_step_dumps: int = not_negative(3)
     alarm_window: int = at_least_one(20)
     entropy_alarm_ratio: float = not_negative(0.5)
     entropy_alarm_action: Literal["warn", "stop", "lower_rate"] = "warn"
