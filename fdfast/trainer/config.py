@@ -128,7 +128,6 @@ class TrainConfig(Settings):
                 "config: vllm.server_base_url names the server of vllm.mode 'server', and of no "
                 f"other; got {vllm.server_base_url!r} with vllm.mode {vllm.mode!r}"
             )
-
         if self.ray.address and vllm.mode == "server":
             raise InputError(
                 "config: ray.address has its actors run vLLM themselves; drop vllm.mode 'server', "

@@ -165,6 +165,11 @@ class RolloutSettings(Settings):
 
     Attributes:
         prompts_per_step: problems a step.
+        max_staleness: updates by which the weights that sample a batch may be older than those
+            that it changes; 0 makes a batch when the one before it is trained on, as the paper
+            does. Above, rollouts, Lean and feedback of later steps go on while a step is trained
+            on, with a copy of the model (vLLM and Ray have theirs), and GRPO corrects by
+            vllm.importance_sampling_*. A resumed run makes anew what was under way.
         num_generations: attempts a problem.
         max_completion_length: tokens of an attempt at most.
         temperature: of sampling.
@@ -184,6 +189,7 @@ class RolloutSettings(Settings):
     group = "rollout."
 
     prompts_per_step: int = at_least_one(128)
+    max_staleness: int = not_negative(0)
     num_generations: int = at_least_one(1)
     max_completion_length: int = at_least_one(8192)
     temperature: float = positive(1.0)
@@ -211,8 +217,8 @@ class VLLMSettings(Settings):
         gpu_memory_utilization: share of the GPU's memory for a colocated vLLM.
         tensor_parallel_size: GPUs of a colocated vLLM.
         enable_sleep_mode: whether a colocated vLLM gives its memory back during the update.
-        importance_sampling_correction: whether what vLLM's arithmetic makes of the policy is
-            corrected by p_train / p_sampler.
+        importance_sampling_correction: whether what vLLM's arithmetic, or rollout.max_staleness,
+            makes of the policy is corrected by p_train / p_sampler.
         importance_sampling_mode: token or sequence, truncate or mask.
         importance_sampling_clip_max: upper bound of that ratio.
     """

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fdfast.cpu.gemm import fast_gemms, onednn_keeps_float32
 from fdfast.data.problems import Problem
 from fdfast.trainer.batch import Attempt, Prompts
 from fdfast.trainer.checkpoint import (
@@ -25,7 +26,16 @@ from fdfast.trainer.config import TrainConfig
 from fdfast.trainer.engines import make_engine
 from fdfast.trainer.feedback import check_key
 from fdfast.trainer.guards import alarms, rate_factor, stop_if_asked
-from fdfast.trainer.metrics import Clock, MetricsLog, read_jsonl, records, step_line, summary
+from fdfast.trainer.metrics import (
+    Clock,
+    MetricsLog,
+    read_jsonl,
+    records,
+    stage_times,
+    step_line,
+    summary,
+)
+from fdfast.trainer.pipeline import Batch, Batches, OnDemand, Pipeline
 from fdfast.trainer.provenance import write_provenance
 from fdfast.trainer.ranks import Ranks, ranks_of_torchrun
 from fdfast.trainer.rollouts import (
@@ -100,7 +110,7 @@ def _train_on(
             screen.say(f"{folder}: {line}")
         screen.say(f"{folder}: loading {newest or config.model.model_name_or_path}")
         state = initial_state(config, newest, ranks)
-        sampled = state.whole_model()
+        sampled = state.model_to_sample()
         with ranks.together():
             prompts = Prompts(state.tokenizer, config, schemas(config))
             check_problems([*problems, *held_out], prompts, lean)
@@ -186,6 +196,14 @@ def _train(run: _Run) -> None:
     """The loop."""
     config, state = run.config, run.state
     scorer = make_scorer(state, at := place(config, state.step), run.ranks)
+    ahead = config.rollout.max_staleness > 0 and next(state.model.parameters()).device.type == "cpu"
+    # Which library multiplies is the process's: while some sample, the learner may not switch it.
+    with fast_gemms(ahead and onednn_keeps_float32()), _batches(run) as batches:
+        _train_on_batches(run, batches, scorer, at)
+
+
+def _train_on_batches(run: _Run, batches: Batches, scorer: Scorer, at: Place) -> None:
+    config, state = run.config, run.state
     while True:
         if _evaluation_due(run):
             _evaluate(run, scorer)
@@ -195,17 +213,13 @@ def _train(run: _Run) -> None:
             scorer = make_scorer(state, now, run.ranks)
         at = now
         clock = Clock()
-        chosen = _choose(run.problems, at)
-        seed = step_seed(config, state.step)
-        count, feedback = at.config.rollout.num_generations, at.config.loss.distillation_weight > 0
-        attempts, counts = run.rollouts.attempts(
-            chosen, count, seed, state, clock, feedback=feedback
-        )
-        if counts and run.ranks.main:
+        batch = batches.take(state.step)
+        if batch.counts and run.ranks.main:
             write_spent(Path(config.output_dir), state.feedback)
         with clock("update"):
-            metrics: dict[str, Any] = gradients(state, scorer, attempts) | counts
-        shared = _of_all_ranks(run, attempts)
+            metrics: dict[str, Any] = gradients(state, scorer, batch.attempts) | batch.counts
+        metrics["staleness"] = batch.step - batch.sampled_at
+        shared, seed = _of_all_ranks(run, batch.attempts), step_seed(config, state.step)
         with run.ranks.held():  # from here to the lines on disk all happens or nothing does
             state.num_tokens += int(metrics["num_tokens"])  # cumulative, as TRL counts
             factor = rate_factor(run.log.history, at.config)
@@ -214,12 +228,16 @@ def _train(run: _Run) -> None:
             metrics = run.ranks.from_main(
                 None
                 if shared is None
-                else metrics | summary(shared, count) | clock.metrics() | {"stage": at.index}
+                else metrics
+                | summary(shared, at.config.rollout.num_generations)
+                | stage_times(batch.clock, clock)
+                | {"stage": at.index}
             )
             heard = alarms(run.log.history, metrics, config)
             metrics["alarms"] = [alarm.name for alarm in heard]
             lines = _lines(run, shared or [], seed)
             run.log.write({"step": state.step} | metrics, lines)
+        batches.finished(state.step)
         run.screen.say(step_line(state.step, metrics, total_steps(config)))
         said = [alarm.text for alarm in heard]
         if metrics["skipped"]:
@@ -232,6 +250,34 @@ def _train(run: _Run) -> None:
             stop_if_asked(run.log.history, heard, config, state.step)
         if config.checkpoint.save_steps and state.step % config.checkpoint.save_steps == 0:
             save_checkpoint(state, config, Path(config.output_dir), run.ranks)
+
+
+def _batches(run: _Run) -> Batches:
+    """Makes the batches of the steps that are left."""
+
+    def sample(step: int) -> Batch:
+        at, clock = place(run.config, step), Clock()
+        attempts, sampled_at = run.rollouts.sampled(
+            _choose(run.problems, at),
+            at.config.rollout.num_generations,
+            step_seed(run.config, step),
+            run.state,
+            clock,
+        )
+        return Batch(step, attempts, sampled_at, clock=clock)
+
+    def tell(batch: Batch) -> Batch:
+        if place(run.config, batch.step).config.loss.distillation_weight > 0:
+            batch.attempts, batch.counts = run.rollouts.with_feedback(
+                batch.attempts, batch.clock, step=batch.step + 1
+            )
+        return batch
+
+    staleness = run.config.rollout.max_staleness
+    if not staleness:
+        return OnDemand(sample, tell)
+    steps = {"first": run.state.step, "last": total_steps(run.config)}
+    return Pipeline(sample, tell, max_staleness=staleness, **steps)
 
 
 def _of_all_ranks(run: _Run, attempts: list[Attempt]) -> list[Attempt] | None:

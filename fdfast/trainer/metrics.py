@@ -238,3 +238,23 @@ class Clock:
     def metrics(self) -> dict[str, float]:
         """Seconds by stage, and of all since the clock was made."""
         return {**self.spent, "time/step": time.perf_counter() - self.start}
+
+
+def stage_times(batch: Clock, learner: Clock) -> dict[str, float]:
+    """Seconds of each stage of a step, and as time/idle/<stage> the share of time/step in which it
+    was idle.
+
+    Args:
+        batch: of the stages that made the batch, maybe while an earlier one was trained on.
+        learner: from its asking for the batch on.
+    """
+    times = batch.spent | learner.metrics()
+    parts = {
+        "rollout": ("weight_sync", "rollout", "verify"),
+        "feedback": ("feedback",),
+        "update": ("update",),
+    }
+    for stage, names in parts.items():
+        busy = sum(times.get(f"time/{name}", 0.0) for name in names)
+        times[f"time/idle/{stage}"] = max(0.0, 1.0 - busy / times["time/step"])
+    return times

@@ -141,11 +141,13 @@ class Scorer:
     def by_sequence(self) -> bool:
         """Whether the policy's loss wants whole sequences."""
         config = self.config
-        corrected = config.rollout.use_vllm and config.vllm.importance_sampling_correction
         return (
             config.loss.loss_type in ("grpo", "sapo")
             or config.loss.importance_sampling_level == "sequence"
-            or (corrected and config.vllm.importance_sampling_mode.startswith("sequence"))
+            or (
+                corrects_sampling(config)
+                and config.vllm.importance_sampling_mode.startswith("sequence")
+            )
         )
 
     @torch.no_grad()
@@ -259,7 +261,7 @@ class _Part:
         advantages = torch.tensor([a.advantage for a in self.pack], device=device)
         advantages = advantages.repeat_interleave(torch.tensor(lengths, device=device))
         sampling = reference = None
-        if scorer.config.rollout.use_vllm and scorer.config.vllm.importance_sampling_correction:
+        if corrects_sampling(scorer.config):
             own = (
                 value
                 for attempt in self.pack
@@ -275,6 +277,14 @@ class _Part:
             values = _target_logprobs(scorer.reference, self.tree, config)
             reference = torch.tensor(values, device=device)
         return advantages, sampling, reference
+
+
+def corrects_sampling(config: TrainConfig) -> bool:
+    """Whether the policy's loss weighs attempts by what the policy is now over what it was where
+    they were sampled: in vLLM's arithmetic, or some updates ago.
+    """
+    differs = config.rollout.use_vllm or config.rollout.max_staleness > 0
+    return differs and config.vllm.importance_sampling_correction
 
 
 def trees(attempts: Sequence[Attempt]) -> tuple[PrefixTree, PrefixTree]:

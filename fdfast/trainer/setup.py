@@ -40,6 +40,8 @@ def initial_state(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) ->
         )
     fuse_layers(model)  # before the teacher and what samples are copied
     sampled = None
+    if samples_ahead(config):
+        sampled = WholeCopy(model, next(model.parameters()).device)
     if ranks.device is not None:
         # vLLM takes its weights from anywhere, and has a copy of its own on the GPU.
         place = torch.device("cpu") if config.rollout.use_vllm else ranks.device
@@ -71,10 +73,18 @@ def initial_state(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) ->
         weight_decay=config.optim.weight_decay,
         fused=True,
     )
-    state = TrainState(model, tokenizer, teacher, master, optimizer, sampled=sampled)
+    state = TrainState(
+        model, tokenizer, teacher, master, optimizer, sampled=sampled, sharded=cut is not None
+    )
     if checkpoint is not None:
         restore(state, checkpoint)
     return state
+
+
+def samples_ahead(config: TrainConfig) -> bool:
+    """Whether the trained model samples while it is trained, for which it needs a copy."""
+    elsewhere = config.rollout.use_vllm or config.ray.address
+    return config.rollout.max_staleness > 0 and not elsewhere
 
 
 def provider_of(config: TrainConfig, state: TrainState) -> FeedbackProvider | None:
@@ -82,7 +92,9 @@ def provider_of(config: TrainConfig, state: TrainState) -> FeedbackProvider | No
     if not distills(config):
         return None
     teacher = state.teacher
-    return make_provider(config, teacher.model, state.tokenizer, is_initial=teacher.frozen)
+    # A model is in one pass at a time: a pipeline has the teacher in the learner's.
+    shared = teacher.frozen and not config.rollout.max_staleness
+    return make_provider(config, teacher.model, state.tokenizer, is_initial=shared)
 
 
 def _adapters(config: TrainConfig) -> Adapters | None:

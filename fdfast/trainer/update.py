@@ -58,14 +58,16 @@ def update(
     norm = torch.nn.utils.get_total_norm([m.grad for m in masters if m.grad is not None])
     total = whole(norm)
     skipped = not (torch.isfinite(total) and math.isfinite(loss))
-    state.changing = True
-    if not skipped:
-        torch.nn.utils.clip_grads_with_norm_(masters, optim.max_grad_norm or float("inf"), total)
-        state.optimizer.step()
-        state.master.write_back()
-    state.step += 1
-    followed = not skipped and state.teacher.step(state.master.master, state.step)
-    state.changing = False
+    with state.lock:
+        state.changing = True
+        if not skipped:
+            limit = optim.max_grad_norm or float("inf")
+            torch.nn.utils.clip_grads_with_norm_(masters, limit, total)
+            state.optimizer.step()
+            state.master.write_back()
+        state.step += 1
+        followed = not skipped and state.teacher.step(state.master.master, state.step)
+        state.changing = False
     return {
         "grad_norm": float(total),
         "learning_rate": rate,
