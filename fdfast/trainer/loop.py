@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ from fdfast.trainer.screen import Screen
 from fdfast.trainer.sharding import WholeCopy, shard, whole
 from fdfast.trainer.stages import Place, distills, place, total_steps
 from fdfast.trainer.student import Adapters, keep_reference, load_reference, load_student
+from fdfast.trainer.vocabulary_parallel import heads_of
 
 
 def train(
@@ -307,7 +308,7 @@ def _initial_state(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -
         # vLLM takes its weights from anywhere, and has a copy of its own on the GPU.
         place = torch.device("cpu") if config.rollout.use_vllm else ranks.device
         sampled = WholeCopy(model, place)
-    cut = None if ranks.device is None else functools.partial(shard, device=ranks.device)
+    cut = _cut(config, ranks)
     teacher = EMATeacher(
         model,
         # Nobody asks it in a run of GRPO alone: live is no copy.
@@ -365,8 +366,9 @@ def _scorer(run: _Run, at: Place) -> Scorer:
     state, config = run.state, at.config
     wanted = config.loss.beta and config.loss.distillation_weight < 1
     reference = _reference(run, at) if wanted else None
-    loss_fn = _loss(config, lm_head(state.model))
-    return Scorer(config, state.model, state.teacher.model, loss_fn, reference, run.ranks)
+    heads = heads_of(state.model)
+    loss_fn = _loss(config, lm_head(state.model), heads.group)
+    return Scorer(config, state.model, state.teacher.model, loss_fn, reference, run.ranks, heads)
 
 
 def _reference(run: _Run, at: Place) -> Any:
@@ -378,12 +380,22 @@ def _reference(run: _Run, at: Place) -> Any:
             keep_reference(student, run.state.tokenizer, path)
     with run.ranks.together():
         reference = load_reference(run.state.model, path, dtype=run.config.model.dtype)
-    if run.ranks.device is not None:
-        shard(reference, run.ranks.device)
+    if (cut := _cut(run.config, run.ranks)) is not None:
+        cut(reference)
     return reference
 
 
-def _loss(config: TrainConfig, head: HeadWeights) -> FeedbackDistillationLoss | GRPOLoss:
+def _cut(config: TrainConfig, ranks: Ranks) -> Callable[[Any], None] | None:
+    """What cuts a model over the ranks, where there are several."""
+    if ranks.device is None:
+        return None
+    keeps = config.model.vocabulary_parallel
+    return functools.partial(shard, device=ranks.device, keeps_head_cut=keeps)
+
+
+def _loss(
+    config: TrainConfig, head: HeadWeights, group: Any
+) -> FeedbackDistillationLoss | GRPOLoss:
     loss, vllm = config.loss, config.vllm
     common: dict[str, Any] = {
         "divergence": loss.divergence,
@@ -394,6 +406,7 @@ def _loss(config: TrainConfig, head: HeadWeights) -> FeedbackDistillationLoss | 
         "grad_filter": loss.grad_filter,
         "workspace_mb": loss.workspace_mb,
         "backend": loss.backend,
+        "group": group,
     }
     if loss.distillation_weight == 1:
         return FeedbackDistillationLoss(temperature=loss.distillation_temperature, **common)

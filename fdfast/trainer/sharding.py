@@ -150,12 +150,16 @@ def gathered(model: Any, *others: Any) -> Iterator[None]:
     release(model, *others)
 
 
+def blank_tree() -> PrefixTree:
+    """A pack without targets."""
+    return PrefixTree.from_sequences([[0]], [[False]])
+
+
 def empty_pass(model: Any) -> Tensor:
     """A loss of 0 that depends on every trained weight: the part of a rank that has no pack left
     in a pass of the others.
     """
-    device = next(model.parameters()).device
-    tree = PrefixTree.from_sequences([[0]], [[False]]).to(device)
+    tree = blank_tree().to(next(model.parameters()).device)
 
     def loss() -> Tensor:
         parts = [hidden_states(model, tree).sum()]

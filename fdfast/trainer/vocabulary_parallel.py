@@ -93,6 +93,11 @@ class CutHeads(Heads):
             yield meeting
 
 
+def heads_of(model: Any) -> Heads:
+    """As `shard` left the model; of one that is not sharded they are whole."""
+    return CutHeads(model) if hasattr(model, "head_shard") else Heads()
+
+
 class RanksMeeting(Meeting):
     """The rows of all ranks. The main one's metrics count: all have the same.
 
