@@ -30,6 +30,9 @@ class ModelSettings(Settings):
         max_pass_tokens: of one forward pass. Attempts are packed, with what they share once, into
             as few passes as this allows; a problem whose attempts are more is streamed.
         gradient_checkpointing: trade time for memory in the student's layers.
+        vocabulary_parallel: on several ranks (CPUs) each computes the loss of all ranks' tokens
+            with its own rows of the LM head, which no rank gathers; a head that is the embedding
+            too is still gathered for that. On one rank it changes nothing.
     """
 
     group = "model."
@@ -39,6 +42,7 @@ class ModelSettings(Settings):
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
     max_pass_tokens: int = at_least_one(16384)
     gradient_checkpointing: bool = False
+    vocabulary_parallel: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What a run works with: student, teacher, optimizer, feedback, and each stage's loss."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fdfast.trainer.scoring import Scorer
 from fdfast.trainer.sharding import WholeCopy, shard
 from fdfast.trainer.stages import Place, distills
 from fdfast.trainer.student import Adapters, keep_reference, load_reference, load_student
+from fdfast.trainer.vocabulary_parallel import heads_of
 
 
 def initial_state(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> TrainState:
@@ -46,7 +48,7 @@ def initial_state(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) ->
         # vLLM takes its weights from anywhere, and has a copy of its own on the GPU.
         place = torch.device("cpu") if config.rollout.use_vllm else ranks.device
         sampled = WholeCopy(model, place)
-    cut = None if ranks.device is None else functools.partial(shard, device=ranks.device)
+    cut = _cut(config, ranks)
     teacher = EMATeacher(
         model,
         # Nobody asks it in a run of GRPO alone: live is no copy.
@@ -114,8 +116,9 @@ def make_scorer(state: TrainState, at: Place, ranks: Ranks) -> Scorer:
     config = at.config
     wanted = config.loss.beta and config.loss.distillation_weight < 1
     reference = _reference(state, at, ranks) if wanted else None
-    loss_fn = make_loss(config, lm_head(state.model))
-    return Scorer(config, state.model, state.teacher.model, loss_fn, reference, ranks)
+    heads = heads_of(state.model)
+    loss_fn = make_loss(config, lm_head(state.model), heads.group)
+    return Scorer(config, state.model, state.teacher.model, loss_fn, reference, ranks, heads)
 
 
 def _reference(state: TrainState, at: Place, ranks: Ranks) -> Any:
@@ -127,13 +130,23 @@ def _reference(state: TrainState, at: Place, ranks: Ranks) -> Any:
             keep_reference(student, state.tokenizer, path)
     with ranks.together():
         reference = load_reference(state.model, path, dtype=at.config.model.dtype)
-    if ranks.device is not None:
-        shard(reference, ranks.device)
+    if (cut := _cut(at.config, ranks)) is not None:
+        cut(reference)
     return reference
 
 
-def make_loss(config: TrainConfig, head: HeadWeights) -> FeedbackDistillationLoss | GRPOLoss:
-    """The loss that the settings name, for a model with this head."""
+def _cut(config: TrainConfig, ranks: Ranks) -> Callable[[Any], None] | None:
+    """What cuts a model over the ranks, where there are several."""
+    if ranks.device is None:
+        return None
+    keeps = config.model.vocabulary_parallel
+    return functools.partial(shard, device=ranks.device, keeps_head_cut=keeps)
+
+
+def make_loss(
+    config: TrainConfig, head: HeadWeights, group: Any = None
+) -> FeedbackDistillationLoss | GRPOLoss:
+    """The loss that the settings name, for a model with this head, cut over `group` if so said."""
     loss, vllm = config.loss, config.vllm
     common: dict[str, Any] = {
         "divergence": loss.divergence,
@@ -144,6 +157,7 @@ def make_loss(config: TrainConfig, head: HeadWeights) -> FeedbackDistillationLos
         "grad_filter": loss.grad_filter,
         "workspace_mb": loss.workspace_mb,
         "backend": loss.backend,
+        "group": group,
     }
     if loss.distillation_weight == 1:
         return FeedbackDistillationLoss(temperature=loss.distillation_temperature, **common)
