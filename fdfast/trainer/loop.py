@@ -394,7 +394,7 @@ def _cut(config: TrainConfig, ranks: Ranks) -> Callable[[Any], None] | None:
 
 
 def _loss(
-    config: TrainConfig, head: HeadWeights, group: Any
+    config: TrainConfig, head: HeadWeights, group: Any = None
 ) -> FeedbackDistillationLoss | GRPOLoss:
     loss, vllm = config.loss, config.vllm
     common: dict[str, Any] = {
