@@ -122,7 +122,7 @@ class Probe:
 
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
-        """Backward passes are timed, norms of gradients noted, whoever calls for them."""
+        """Backward passes are timed, norms of gradients noted where somebody clips by them."""
         backward, clip = torch.Tensor.backward, torch.nn.utils.clip_grad_norm_
 
         def timed_backward(*args: Any, **kwargs: Any) -> None:
@@ -161,11 +161,11 @@ def _ours(case: Case, folder: Path, turn: int, probe: Probe, output: Path, preci
     """The loop's own functions, in its order."""
     from unittest import mock
 
-    from fdfast.trainer import loop, scoring
+    from fdfast.trainer import scoring, setup
     from fdfast.trainer.config_file import make_config
-    from fdfast.trainer.metrics import MetricsLog
     from fdfast.trainer.ranks import Ranks
     from fdfast.trainer.stages import place
+    from fdfast.trainer.update import gradients, update
 
     config = make_config(
         {
@@ -182,21 +182,19 @@ def _ours(case: Case, folder: Path, turn: int, probe: Probe, output: Path, preci
         }
     )
     ranks = Ranks()
-    state = loop._initial_state(config, None, ranks)
+    state = setup.initial_state(config, None, ranks)
     attempts = _attempts(make_batch(case, state.tokenizer, turn), case)
     probe.watch(state.model, "student")
     probe.watch(state.teacher.model, "teacher")
-    nothing: Any = None
-    run = loop._Run(config, state, [], [], nothing, MetricsLog(output, step=0), nothing, ranks)
     at = place(config, 0)
-    scorer = loop._scorer(run, at)
+    scorer = setup.make_scorer(state, at, ranks)
     with mock.patch.object(scoring._Part, "__call__", probe.inside(scoring._Part.__call__)):
         for step in range(STEPS):
             if step == STEPS - 1:
                 state.optimizer.zero_grad(set_to_none=True)  # as TRL does at the end of a step
                 probe.begin()
-            metrics = loop._gradients(run, scorer, attempts)
-            loop._update(run, at, metrics["loss"])
+            metrics = gradients(state, scorer, attempts)
+            probe.norms.append(update(state, at, metrics["loss"])["grad_norm"])
             probe.losses.append(metrics["loss"])
     probe.end()
 

@@ -13,7 +13,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401  (else each child 
 
 from fdfast.lean import LeanPool, Verdict
 from fdfast.rollout import HFEngine
-from fdfast.trainer import TrainConfig, loop, train
+from fdfast.trainer import TrainConfig, loop, setup, train
 from fdfast.trainer.scoring import Scorer
 
 
@@ -50,8 +50,8 @@ def run(
         return Verdict("proved", level=1) if right else Verdict("failed", reason="no")
 
     LeanPool.check = check  # type: ignore[method-assign]
-    loop.load_student = at("load", loop.load_student)  # type: ignore[assignment]
-    loop._update = at("update", loop._update)
+    setup.load_student = at("load", setup.load_student)  # type: ignore[assignment]
+    loop.update = at("update", loop.update)
     loop.save_checkpoint = at("save", loop.save_checkpoint)  # type: ignore[assignment]
     HFEngine.generate = at("rollout", HFEngine.generate)  # type: ignore[method-assign]
     Scorer.score = at("score", Scorer.score)  # type: ignore[method-assign]

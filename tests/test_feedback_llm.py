@@ -468,7 +468,7 @@ def test_a_key_that_is_none_is_one_line_without_it(tmp_path, monkeypatch, name, 
 @pytest.mark.parametrize(
     ("url", "line"),
     [
-        ("", "wants feedback_base_url"),
+        ("", "wants feedback.base_url"),
         ("api.openai.com/v1", "must be http"),
         ("ftp://host/v1", "must be http"),
         ("http://[::1/v1", "must be http"),

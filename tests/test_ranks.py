@@ -187,7 +187,7 @@ def test_what_several_ranks_do_not_do_is_one_line(tmp_path):
     server = settings(
         tmp_path, tmp_path, use_vllm=True, vllm_mode="server", vllm_server_base_url="http://x"
     )
-    with pytest.raises(InputError, match="vllm_mode 'server' with 2 ranks"):
+    with pytest.raises(InputError, match=r"vllm\.mode 'server' with 2 ranks"):
         check_for_ranks(server, two)
     with pytest.raises(InputError, match="timeout_s must be positive"), ranks_of_torchrun(0):
         pass

@@ -244,14 +244,14 @@ def test_a_final_save_that_fails_loses_nothing(tiny, tmp_path, monkeypatch):
 
 
 def test_an_interrupt_during_the_update_loses_no_line(tiny, tmp_path, monkeypatch):
-    update = loop._update
+    update = loop.update
 
-    def interrupted(run, at, loss):
-        if run.state.step == 1:
+    def interrupted(state, at, loss, **options):
+        if state.step == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return update(run, at, loss)
+        return update(state, at, loss, **options)
 
-    monkeypatch.setattr(loop, "_update", interrupted)
+    monkeypatch.setattr(loop, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(settings(tiny, tmp_path), quiet=True)
     monkeypatch.undo()

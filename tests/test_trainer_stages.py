@@ -15,9 +15,9 @@ from fdfast.teacher import EMATeacher
 from fdfast.trainer import PRESETS, train
 from fdfast.trainer.batch import Attempt
 from fdfast.trainer.config_file import by_path, make_config
-from fdfast.trainer.loop import _loss
 from fdfast.trainer.metrics import read_jsonl
 from fdfast.trainer.scoring import Scorer
+from fdfast.trainer.setup import make_loss
 from fdfast.trainer.stages import Stage, place, total_steps
 from tests.tiny import save_tiny_model
 
@@ -51,7 +51,7 @@ def config_of(**values):
 def scored(model, config, attempts, reference=None):
     """Metrics and the gradient of every parameter."""
     model.zero_grad(set_to_none=True)
-    scorer = Scorer(config, model, model, _loss(config, lm_head(model)), reference)
+    scorer = Scorer(config, model, model, make_loss(config, lm_head(model)), reference)
     metrics = scorer.score(attempts, backward=True)
     return metrics, {n: p.grad.clone() for n, p in model.named_parameters()}
 
@@ -244,7 +244,7 @@ def test_distillation_then_grpo_in_one_run_and_resumed_bit_for_bit(
     rows = train(run_settings(tiny, tmp_path / "straight"), quiet=True)
     assert [row["stage"] for row in rows] == [0, 0, 1, 1, 1]
     assert [row["learning_rate"] for row in rows] == [1e-3, 1e-3, 1e-4, 1e-4, 1e-4]
-    assert all(("time/feedback" in row) for row in rows)
+    assert [("time/feedback" in row) for row in rows] == [row["stage"] == 0 for row in rows]
     assert "teacher_mass" in rows[0]
     assert "clip_ratio/region_mean" in rows[2]
     assert rows[2]["kl"] == pytest.approx(0.0, abs=1e-6), "the reference is the student just then"
@@ -291,7 +291,7 @@ def test_grpo_alone_makes_no_copy_of_the_model(tiny, tmp_path, judged, monkeypat
         made.append((arguments[0], teacher := EMATeacher(*arguments, **values)))
         return teacher
 
-    monkeypatch.setattr("fdfast.trainer.loop.EMATeacher", making)
+    monkeypatch.setattr("fdfast.trainer.setup.EMATeacher", making)
     stages = (Stage(max_steps=2, distillation_weight=0.0, num_generations=3),)
     rows = train(run_settings(tiny, tmp_path, stages=stages), quiet=True)
     assert len(rows) == 2

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fdfast.files import atomic_dir
 from fdfast.trainer.batch import Attempt
+from fdfast.trainer.sharding import whole
 
 _NAME = re.compile(r"bad-step-(\d+)")
 
@@ -29,6 +30,7 @@ def dump_bad_step(
     metrics: Mapping[str, Any],
     weights: Mapping[str, Tensor],
     keep: int,
+    writes: bool = True,
 ) -> str:
     """Write `folder/bad-step-<step>` and drop the oldest over `keep`.
 
@@ -40,6 +42,7 @@ def dump_bad_step(
         metrics: of the step.
         weights: what the optimizer would have stepped, by name, its gradients before clipping.
         keep: such folders; 0 writes none.
+        writes: whether this rank does; all of them look at their shards of the weights together.
 
     Returns:
         What was not finite and where the batch lies, for a line.
@@ -53,7 +56,7 @@ def dump_bad_step(
         if not _finite(p if what == "weight" else p.grad)
     ]
     said = _said(odd_metrics, odd)
-    if not keep:
+    if not keep or not writes:
         return said
     path = folder / f"bad-step-{step}"
     report = {
@@ -82,7 +85,7 @@ def dump_bad_step(
 
 def bad_steps(folder: Path) -> list[Path]:
     """The dumps of a run, oldest first."""
-    found = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))]
+    found = [(int(m[1]), p) for p in folder.glob("bad-step-*") if (m := _NAME.fullmatch(p.name))]
     return [path for _, path in sorted(found)]
 
 
@@ -117,11 +120,11 @@ def _group(name: str) -> str:
 
 def _square(tensor: Tensor) -> float:
     """The sum of squares, in float64: what is large in float32 is not yet infinite."""
-    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)) ** 2
+    return float(whole(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))) ** 2
 
 
 def _finite(tensor: Tensor | None) -> bool:
-    return tensor is None or bool(torch.isfinite(tensor.detach()).all())
+    return tensor is None or bool(whole(torch.isfinite(tensor.detach()).all()))
 
 
 def _said(metrics: Sequence[str], tensors: Sequence[str]) -> str:

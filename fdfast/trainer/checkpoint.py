@@ -12,6 +12,7 @@ import json
 import pickle
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,10 @@ class TrainState:
         num_tokens: tokens trained on so far.
         feedback: what feedback took so far: the budget is the run's, not the process's.
         changing: whether a change of the above is under way, so that it can't be saved.
-        sampled: a copy with whole weights of a student that is sharded.
+        sampled: a copy of the student that is sampled from, with whole weights; None: the student
+            itself is.
+        sharded: whether the student's weights lie on several ranks.
+        lock: held while the weights change, and while they are copied to what samples.
     """
 
     model: Any
@@ -70,13 +74,19 @@ class TrainState:
     feedback: FeedbackCounters = dataclasses.field(default_factory=FeedbackCounters)
     changing: bool = False
     sampled: WholeCopy | None = None
+    sharded: bool = False
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
-    def whole_model(self) -> Any:
-        """The student, or its copy brought up to date; then a collective."""
+    def model_to_sample(self) -> Any:
+        """The student, or its copy brought up to date; of a sharded one a collective."""
         if self.sampled is None:
             return self.model
         self.sampled.follow(self.model)
         return self.sampled.model
+
+    def whole_model(self) -> Any:
+        """The student with whole weights, to be saved; of a sharded one a collective."""
+        return self.model_to_sample() if self.sharded else self.model
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -220,9 +230,16 @@ MAY_CHANGE = {
     "feedback.prices_usd",
     "feedback.timeout_s",
     "guards.kl_alarm_ratio",
+    "guards.max_bad_step_dumps",
     "guards.max_skipped_steps",
     "guards.zero_reward_alarm_steps",
     "lean.workers",
+    "logging.logging_dir",
+    "logging.metric_names",
+    "logging.report_to",
+    "logging.run_name",
+    "logging.wandb_mode",
+    "logging.wandb_project",
     "model.model_name_or_path",
     "optim.max_steps",
     "output_dir",
@@ -271,7 +288,7 @@ def restore(state: TrainState, path: Path) -> None:
             saved = json.loads((path / "counts.json").read_text(encoding="utf-8"))
         else:
             saved = torch.load(path / "state.pt", weights_only=True)
-            if state.sampled is not None:
+            if state.sharded:
                 saved = cut_like(saved, state.teacher, state.master)
             state.optimizer.load_state_dict(saved["optimizer"])
             state.teacher.load_state_dict(saved["teacher"])

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,14 @@ class Student:
     model: Any
     step: int = 0
 
-    def whole_model(self) -> Any:
+    def model_to_sample(self) -> Any:
         """The model."""
         return self.model
+
+    @property
+    def lock(self) -> AbstractContextManager[object]:
+        """Nobody changes it."""
+        return nullcontext()
 
 
 def collect(

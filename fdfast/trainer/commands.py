@@ -63,6 +63,7 @@ def register(subparsers: "argparse._SubParsersAction[Any]") -> None:
     )
     _add_settings(train)
     train.add_argument("--resume", action="store_true", help="from output_dir's newest checkpoint")
+    _add_dry_run(train)
     train.set_defaults(run=_train)
 
     config = subparsers.add_parser("config", help="settings").add_subparsers(
@@ -106,6 +107,20 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="train nothing: model each stage's memory and time on a GPU (needs none, nor weights)",
+    )
+    parser.add_argument("--gpu", metavar="NAME", help="a100, h100 (taken), h200 or b200")
+    parser.add_argument("--gpus", type=int, metavar="N", help="how many (1)")
+    for name, limit in (("prompt", "max_prompt_length"), ("completion", "max_completion_length")):
+        parser.add_argument(
+            f"--{name}-tokens", type=int, metavar="N", help=f"of one on average ({limit})"
+        )
+
+
 def _add_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="over the file's settings")
     parser.add_argument(
@@ -122,6 +137,11 @@ def _load(arguments: argparse.Namespace) -> "TrainConfig":
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    if arguments.dry_run:
+        return _dry_run(arguments)
+    for name in ("gpu", "gpus", "prompt_tokens", "completion_tokens"):
+        if getattr(arguments, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} is for --dry-run; add it, or drop this")
     from fdfast.trainer import train
     from fdfast.trainer.ranks import ranks_of_torchrun
 
@@ -132,10 +152,26 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _dry_run(arguments: argparse.Namespace) -> int:
+    from fdfast.trainer.dry_run import table, workloads
+    from fdfast.trainer.estimate import read_shape
+
+    config = _load(arguments)
+    stages = workloads(
+        config,
+        prompt_tokens=arguments.prompt_tokens,
+        completion_tokens=arguments.completion_tokens,
+    )
+    gpus = 1 if arguments.gpus is None else arguments.gpus
+    shape = read_shape(config.model.model_name_or_path)
+    print(table(shape, stages, gpu=arguments.gpu or "h100", gpus=gpus))
+    return 0
+
+
 def _show_config(arguments: argparse.Namespace) -> int:
     from fdfast.trainer.describe import describe
 
-    print(describe(_load(arguments)), end="")
+    print(describe(_load(arguments), preset=arguments.preset), end="")
     return 0
 
 

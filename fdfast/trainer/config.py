@@ -23,6 +23,7 @@ from fdfast.trainer.config_groups import (
 )
 from fdfast.trainer.feedback import check_feedback
 from fdfast.trainer.settings import Settings
+from fdfast.trainer.sinks import LoggingSettings
 from fdfast.trainer.stages import Stage, stage_configs
 
 
@@ -48,6 +49,7 @@ class TrainConfig(Settings):
         evaluation: what is measured on problems that are not trained on.
         guards: alarms.
         checkpoint: what is kept of a run.
+        logging: where the curves go, beside metrics.jsonl.
         stages: stages of the run, in order, each with max_steps and whatever differs from the
             settings here: distillation_weight, learning_rate, ... (stages.Stage); () for one.
     """
@@ -69,6 +71,7 @@ class TrainConfig(Settings):
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     guards: GuardSettings = field(default_factory=GuardSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    logging: LoggingSettings = field(default_factory=LoggingSettings)
     stages: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
@@ -135,7 +138,6 @@ class TrainConfig(Settings):
                 "config: vllm.server_base_url names the server of vllm.mode 'server', and of no "
                 f"other; got {vllm.server_base_url!r} with vllm.mode {vllm.mode!r}"
             )
-
         if self.ray.address and vllm.mode == "server":
             raise InputError(
                 "config: ray.address has its actors run vLLM themselves; drop vllm.mode 'server', "

@@ -169,6 +169,11 @@ class RolloutSettings(Settings):
 
     Attributes:
         prompts_per_step: problems a step.
+        max_staleness: updates by which the weights that sample a batch may be older than those
+            that it changes; 0 makes a batch when the one before it is trained on, as the paper
+            does. Above, rollouts, Lean and feedback of later steps go on while a step is trained
+            on, with a copy of the model (vLLM and Ray have theirs), and GRPO corrects by
+            vllm.importance_sampling_*. A resumed run makes anew what was under way.
         num_generations: attempts a problem.
         max_completion_length: tokens of an attempt at most.
         temperature: of sampling.
@@ -188,6 +193,7 @@ class RolloutSettings(Settings):
     group = "rollout."
 
     prompts_per_step: int = at_least_one(128)
+    max_staleness: int = not_negative(0)
     num_generations: int = at_least_one(1)
     max_completion_length: int = at_least_one(8192)
     temperature: float = positive(1.0)
@@ -215,8 +221,8 @@ class VLLMSettings(Settings):
         gpu_memory_utilization: share of the GPU's memory for a colocated vLLM.
         tensor_parallel_size: GPUs of a colocated vLLM.
         enable_sleep_mode: whether a colocated vLLM gives its memory back during the update.
-        importance_sampling_correction: whether what vLLM's arithmetic makes of the policy is
-            corrected by p_train / p_sampler.
+        importance_sampling_correction: whether what vLLM's arithmetic, or rollout.max_staleness,
+            makes of the policy is corrected by p_train / p_sampler.
         importance_sampling_mode: token or sequence, truncate or mask.
         importance_sampling_clip_max: upper bound of that ratio.
     """
@@ -392,6 +398,7 @@ class GuardSettings(Settings):
     Attributes:
         max_skipped_steps: steps in a row that may be skipped because their loss or gradient is not
             finite; one more ends the run.
+        max_bad_step_dumps: batches of skipped steps kept in output_dir/bad-step-<n>; 0 for none.
         alarm_window: steps whose median an alarm compares with.
         entropy_alarm_ratio: alarm where entropy falls below this share of its median; 0 for none.
         entropy_alarm_action: what follows: warn, stop (which leaves a checkpoint) or lower_rate (by
@@ -403,6 +410,7 @@ class GuardSettings(Settings):
     group = "guards."
 
     max_skipped_steps: int = not_negative(3)
+    max_bad_step_dumps: int = not_negative(3)
     alarm_window: int = at_least_one(20)
     entropy_alarm_ratio: float = not_negative(0.5)
     entropy_alarm_action: Literal["warn", "stop", "lower_rate"] = "warn"

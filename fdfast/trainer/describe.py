@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from fdfast.trainer.config import TrainConfig
+from fdfast.trainer.paper import PAPER_PRESETS, open_choices_as_comments
 from fdfast.trainer.settings import Settings
 
 _FIELD = re.compile(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", re.MULTILINE)
@@ -16,9 +17,12 @@ def documentation(settings: Settings) -> dict[str, str]:
     return {name: " ".join(said.split()) for name, said in _FIELD.findall(text)}
 
 
-def describe(config: TrainConfig) -> str:
-    """The settings as YAML, each with a comment above it."""
-    return "\n".join(_lines(config, ""))
+def describe(config: TrainConfig, *, preset: str | None = None) -> str:
+    """The settings as YAML, each with a comment above it; of a preset of the paper's with what the
+    paper leaves open.
+    """
+    above = open_choices_as_comments() + "\n" if preset in PAPER_PRESETS else ""
+    return above + "\n".join(_lines(config, ""))
 
 
 def _lines(settings: Settings, indent: str) -> list[str]:

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Sequence
 
+from fdfast.errors import InputError
 from fdfast.kernels.cost import BANDWIDTH_TB, TFLOPS
+from fdfast.trainer.config import TrainConfig
 from fdfast.trainer.estimate import (
     ASSUMED,
     GIB,
@@ -14,6 +16,57 @@ from fdfast.trainer.estimate import (
     Workload,
     estimate,
 )
+from fdfast.trainer.stages import stage_configs
+
+
+def workloads(
+    config: TrainConfig, *, prompt_tokens: int | None = None, completion_tokens: int | None = None
+) -> list[tuple[str, Workload]]:
+    """The step of each stage of a run, with its name.
+
+    Args:
+        config: of the run.
+        prompt_tokens: of a prompt on average; None: its limit.
+        completion_tokens: of an attempt; likewise.
+
+    Raises:
+        InputError: fewer tokens than one.
+    """
+    for name, value in (("prompt", prompt_tokens), ("completion", completion_tokens)):
+        if value is not None and value < 1:
+            raise InputError(f"--{name}-tokens must be at least 1; got {value}")
+    found = []
+    for number, stage in enumerate(stage_configs(config), 1):
+        weight = stage.loss.distillation_weight
+        kind = {1.0: "Feedback Distillation", 0.0: "GRPO"}.get(weight, "a mix of both losses")
+        work = Workload(
+            prompts_per_step=stage.rollout.prompts_per_step,
+            num_generations=stage.rollout.num_generations,
+            prompt_tokens=prompt_tokens or stage.prompt.max_prompt_length,
+            completion_tokens=completion_tokens or stage.rollout.max_completion_length,
+            feedback_tokens=stage.feedback.max_feedback_length,
+            max_pass_tokens=stage.model.max_pass_tokens,
+            generation_batch_size=stage.rollout.generation_batch_size,
+            dtype=stage.model.dtype,
+            distillation_weight=weight,
+            beta=stage.loss.beta,
+            teacher_top_k=stage.loss.teacher_top_k,
+            teacher_copies=stage.teacher.alpha < 1,
+            gradient_checkpointing=stage.model.gradient_checkpointing,
+            workspace_mb=stage.loss.workspace_mb,
+            use_vllm=stage.rollout.use_vllm,
+            vllm_mode=stage.vllm.mode,
+            vllm_gpu_memory_utilization=stage.vllm.gpu_memory_utilization,
+            vllm_tensor_parallel_size=stage.vllm.tensor_parallel_size,
+            vllm_enable_sleep_mode=stage.vllm.enable_sleep_mode,
+            lean=stage.data.task == "lean",
+            lean_workers=stage.lean.workers,
+            feedback=stage.feedback.source,
+            feedback_max_completion_length=stage.feedback.max_tokens,
+            feedback_max_concurrency=stage.feedback.max_concurrency,
+        )
+        found.append((f"stage {number}, {kind}", work))
+    return found
 
 
 def advice(shape: ModelShape, work: Workload, found: Estimate, *, gpu: str, gpus: int) -> str:
@@ -61,13 +114,13 @@ def table(shape: ModelShape, stages: Sequence[tuple[str, Workload]], *, gpu: str
         gpu: a name in MEMORY_GIB.
         gpus: how many.
     """
+    every = [(name, work, estimate(shape, work, gpu=gpu, gpus=gpus)) for name, work in stages]
     lines = [
         f"{shape.name}: {shape.num_parameters / 1e6:,.1f} M parameters, {shape.num_layers} layers, "
         f"V = {shape.vocabulary}; {gpus} x {gpu} ({MEMORY_GIB[gpu]:g} GiB, "
         f"{TFLOPS[gpu]:g} TFLOP/s, {BANDWIDTH_TB[gpu]:g} TB/s)"
     ]
-    for name, work in stages:
-        found = estimate(shape, work, gpu=gpu, gpus=gpus)
+    for name, work, found in every:
         lines += [
             "",
             f"{name}: {work.prompts_per_step} x {work.num_generations} attempts of "

@@ -55,6 +55,12 @@ def check_feedback(config: "TrainConfig") -> None:
         )
     if "llm" in sources:
         _llm_settings(config)
+    staleness = config.rollout.max_staleness
+    if "self" in sources and config.feedback.self_model == "teacher" and staleness:
+        raise InputError(
+            "config: feedback.self_model 'teacher' would write while it scores and changes, with "
+            f"rollout.max_staleness {staleness}; take self_model 'initial', or max_staleness 0"
+        )
     for mark in ("{prompt}", "{feedback}"):
         if config.feedback.template and mark not in config.feedback.template:
             raise InputError(

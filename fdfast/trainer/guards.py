@@ -9,8 +9,11 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from fdfast.errors import MachineError
+from fdfast.trainer.bad_steps import bad_steps
 from fdfast.trainer.config import TrainConfig
 
 Row = Mapping[str, Any]
@@ -39,7 +42,9 @@ def alarms(history: Sequence[Row], row: Row, config: TrainConfig) -> list[Alarm]
         row: of the step.
         config: of the run.
     """
-    window = history[-config.guards.alarm_window :]
+    # What is usual in one stage says nothing of another: kl is to the teacher, then to a reference.
+    same = [seen for seen in history if seen.get("stage") == row.get("stage")]
+    window = same[-config.guards.alarm_window :]
     found = [_entropy(window, row, config), _kl(window, row, config), _reward(window, row, config)]
     return [alarm for alarm in [*found, _lean(row)] if alarm is not None]
 
@@ -52,6 +57,33 @@ def num_skipped(history: Sequence[Row]) -> int:
             break
         count += 1
     return count
+
+
+def stop_if_asked(
+    history: Sequence[Row], heard: Sequence[Alarm], config: TrainConfig, step: int
+) -> None:
+    """After too many skipped steps, or an alarm that the settings stop for.
+
+    Args:
+        history: rows of the training steps, this one's the last.
+        heard: alarms of the step.
+        config: of the run.
+        step: finished steps.
+
+    Raises:
+        MachineError: stop.
+    """
+    skipped, folder = num_skipped(history), Path(config.output_dir)
+    if skipped > config.guards.max_skipped_steps:
+        batch = (bad_steps(folder) or [folder])[-1]
+        raise MachineError(
+            f"step {step}: the loss or the gradient was not finite in {skipped} steps in a row; "
+            f"lower learning_rate, or look at what they were trained on: fdfast show {batch}"
+        )
+    if config.guards.entropy_alarm_action == "stop":
+        for alarm in heard:
+            if alarm.name == "entropy":
+                raise MachineError(f"step {step}: {alarm.text}")
 
 
 def rate_factor(history: Sequence[Row], config: TrainConfig) -> float:

@@ -6,35 +6,36 @@ Source: Feedback Distillation (2026), arXiv 2605.30861.
 import contextlib
 import dataclasses
 import functools
-import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fdfast.cpu.gemm import fast_gemms, onednn_keeps_float32
 from fdfast.data.problems import Problem
-from fdfast.errors import InputError, MachineError
-from fdfast.feedback import FeedbackProvider
-from fdfast.fused_layers import fuse_layers
-from fdfast.losses import FeedbackDistillationLoss, GRPOLoss
-from fdfast.models import HeadWeights, lm_head
-from fdfast.teacher import EMATeacher
 from fdfast.trainer.batch import Attempt, Prompts
 from fdfast.trainer.checkpoint import (
     TrainState,
     check_settings,
-    restore,
     save_checkpoint,
     save_final_model,
 )
 from fdfast.trainer.config import TrainConfig
 from fdfast.trainer.engines import make_engine
-from fdfast.trainer.feedback import check_key, make_provider
-from fdfast.trainer.guards import Alarm, alarms, num_skipped, rate_factor
-from fdfast.trainer.master import MasterWeights
-from fdfast.trainer.metrics import Clock, MetricsLog, read_jsonl, records, step_line, summary
+from fdfast.trainer.feedback import check_key
+from fdfast.trainer.guards import alarms, rate_factor, stop_if_asked
+from fdfast.trainer.metrics import (
+    Clock,
+    MetricsLog,
+    read_jsonl,
+    records,
+    stage_times,
+    step_line,
+    summary,
+)
+from fdfast.trainer.pipeline import Batch, Batches, OnDemand, Pipeline
 from fdfast.trainer.provenance import write_provenance
 from fdfast.trainer.ranks import Ranks, ranks_of_torchrun
 from fdfast.trainer.rollouts import (
@@ -56,10 +57,11 @@ from fdfast.trainer.run_folder import (
 )
 from fdfast.trainer.scoring import Scorer
 from fdfast.trainer.screen import Screen
-from fdfast.trainer.sharding import WholeCopy, shard, whole
-from fdfast.trainer.stages import Place, distills, place, total_steps
-from fdfast.trainer.student import Adapters, keep_reference, load_reference, load_student
-from fdfast.trainer.vocabulary_parallel import heads_of
+from fdfast.trainer.settings import flat
+from fdfast.trainer.setup import initial_state, make_scorer, provider_of
+from fdfast.trainer.sinks import Sink, check_reports, make_sinks
+from fdfast.trainer.stages import Place, place, total_steps
+from fdfast.trainer.update import gradients, keep_bad_step, update
 
 
 def train(
@@ -94,6 +96,7 @@ def _train_on(
             check_settings(config, newest)
         check_key(config)
         check_for_ranks(config, ranks)
+        check_reports(config.logging.report_to)
         problems = read_split(config, config.data.dataset_split)
         evaluation = config.evaluation
         held_out = read_split(config, evaluation.eval_split) if evaluation.eval_num_prompts else []
@@ -106,8 +109,8 @@ def _train_on(
         for line in found.lines():
             screen.say(f"{folder}: {line}")
         screen.say(f"{folder}: loading {newest or config.model.model_name_or_path}")
-        state = _initial_state(config, newest, ranks)
-        sampled = state.whole_model()
+        state = initial_state(config, newest, ranks)
+        sampled = state.model_to_sample()
         with ranks.together():
             prompts = Prompts(state.tokenizer, config, schemas(config))
             check_problems([*problems, *held_out], prompts, lean)
@@ -115,14 +118,15 @@ def _train_on(
                 closing.enter_context(run_lock(folder))
                 open_folder(folder, found)
                 write_provenance(config, folder, step=state.step)
-            provider = _provider(config, state)
+            provider = provider_of(config, state)
             if provider is not None and provider.counters is not None:
                 take_up_spent(folder, provider.counters, state.feedback)
                 state.feedback = provider.counters
             engine = closing.enter_context(
                 contextlib.closing(make_engine(config, sampled, state.tokenizer, lean, screen.say))
             )
-            log = MetricsLog(folder, step=state.step, writes=ranks.main)
+            sinks = _sinks(config, state.step, closing) if ranks.main else []
+            log = MetricsLog(folder, step=state.step, writes=ranks.main, sinks=sinks)
         run = _Run(
             config=config,
             state=state,
@@ -136,6 +140,14 @@ def _train_on(
         _train_and_save(run)
         ranks.meet()  # all lines are there
     return read_jsonl(run.log.metrics)
+
+
+def _sinks(config: TrainConfig, step: int, closing: contextlib.ExitStack) -> list[Sink]:
+    logging, folder = vars(config.logging), Path(config.output_dir)
+    sinks = make_sinks(**logging, folder=folder, step=step, settings=flat(config))
+    for sink in sinks:
+        closing.callback(sink.close)
+    return sinks
 
 
 def _train_and_save(run: "_Run") -> None:
@@ -183,72 +195,95 @@ class _Run:
 def _train(run: _Run) -> None:
     """The loop."""
     config, state = run.config, run.state
-    scorer = _scorer(run, at := place(config, state.step))
+    scorer = make_scorer(state, at := place(config, state.step), run.ranks)
+    ahead = config.rollout.max_staleness > 0 and next(state.model.parameters()).device.type == "cpu"
+    # Which library multiplies is the process's: while some sample, the learner may not switch it.
+    with fast_gemms(ahead and onednn_keeps_float32()), _batches(run) as batches:
+        _train_on_batches(run, batches, scorer, at)
+
+
+def _train_on_batches(run: _Run, batches: Batches, scorer: Scorer, at: Place) -> None:
+    config, state = run.config, run.state
     while True:
         if _evaluation_due(run):
             _evaluate(run, scorer)
         if state.step >= total_steps(config):
             return
         if (now := place(config, state.step)).index != at.index:
-            scorer = _scorer(run, now)
+            scorer = make_scorer(state, now, run.ranks)
         at = now
         clock = Clock()
-        chosen = _choose(run.problems, at)
-        seed = step_seed(config, state.step)
-        count, feedback = at.config.rollout.num_generations, at.config.loss.distillation_weight > 0
-        attempts, counts = run.rollouts.attempts(
-            chosen, count, seed, state, clock, feedback=feedback
-        )
-        if counts and run.ranks.main:
+        batch = batches.take(state.step)
+        if batch.counts and run.ranks.main:
             write_spent(Path(config.output_dir), state.feedback)
         with clock("update"):
-            metrics: dict[str, Any] = _gradients(run, scorer, attempts) | counts
-        shared = _of_all_ranks(run, attempts)
+            metrics: dict[str, Any] = gradients(state, scorer, batch.attempts) | batch.counts
+        metrics["staleness"] = batch.step - batch.sampled_at
+        shared, seed = _of_all_ranks(run, batch.attempts), step_seed(config, state.step)
         with run.ranks.held():  # from here to the lines on disk all happens or nothing does
             state.num_tokens += int(metrics["num_tokens"])  # cumulative, as TRL counts
-            metrics |= _update(run, at, metrics["loss"]) | {"num_tokens": state.num_tokens}
+            factor = rate_factor(run.log.history, at.config)
+            metrics |= update(state, at, metrics["loss"], rate_factor=factor)
+            metrics["num_tokens"] = state.num_tokens
             metrics = run.ranks.from_main(
                 None
                 if shared is None
-                else metrics | summary(shared, count) | clock.metrics() | {"stage": at.index}
+                else metrics
+                | summary(shared, at.config.rollout.num_generations)
+                | stage_times(batch.clock, clock)
+                | {"stage": at.index}
             )
             heard = alarms(run.log.history, metrics, config)
             metrics["alarms"] = [alarm.name for alarm in heard]
-            run.log.write({"step": state.step} | metrics, _lines(run, shared or [], seed))
+            lines = _lines(run, shared or [], seed)
+            run.log.write({"step": state.step} | metrics, lines)
+        batches.finished(state.step)
         run.screen.say(step_line(state.step, metrics, total_steps(config)))
-        for alarm in heard:
-            run.screen.say(f"step {state.step}: {alarm.text}")
+        said = [alarm.text for alarm in heard]
+        if metrics["skipped"]:
+            said.insert(0, keep_bad_step(state, at, run.ranks, shared or [], lines, metrics))
+        for text in said:
+            run.screen.say(f"step {state.step}: {text}")
+        run.screen.show(metrics, said)
         run.screen.at(state.step)
-        _stop_if_asked(run, heard)
+        with run.ranks.together():
+            stop_if_asked(run.log.history, heard, config, state.step)
         if config.checkpoint.save_steps and state.step % config.checkpoint.save_steps == 0:
             save_checkpoint(state, config, Path(config.output_dir), run.ranks)
+
+
+def _batches(run: _Run) -> Batches:
+    """Makes the batches of the steps that are left."""
+
+    def sample(step: int) -> Batch:
+        at, clock = place(run.config, step), Clock()
+        attempts, sampled_at = run.rollouts.sampled(
+            _choose(run.problems, at),
+            at.config.rollout.num_generations,
+            step_seed(run.config, step),
+            run.state,
+            clock,
+        )
+        return Batch(step, attempts, sampled_at, clock=clock)
+
+    def tell(batch: Batch) -> Batch:
+        if place(run.config, batch.step).config.loss.distillation_weight > 0:
+            batch.attempts, batch.counts = run.rollouts.with_feedback(
+                batch.attempts, batch.clock, step=batch.step + 1
+            )
+        return batch
+
+    staleness = run.config.rollout.max_staleness
+    if not staleness:
+        return OnDemand(sample, tell)
+    steps = {"first": run.state.step, "last": total_steps(run.config)}
+    return Pipeline(sample, tell, max_staleness=staleness, **steps)
 
 
 def _of_all_ranks(run: _Run, attempts: list[Attempt]) -> list[Attempt] | None:
     """The step's attempts in the order of its problems, on the main rank."""
     shares = run.ranks.to_main(attempts)
     return None if shares is None else [attempt for share in shares for attempt in share]
-
-
-def _stop_if_asked(run: _Run, heard: Sequence[Alarm]) -> None:
-    """After too many skipped steps, or an alarm that the settings stop for.
-
-    Raises:
-        MachineError: stop.
-    """
-    config, step = run.config, run.state.step
-    skipped = num_skipped(run.log.history)
-    with run.ranks.together():
-        if skipped > config.guards.max_skipped_steps:
-            raise MachineError(
-                f"step {step}: the loss or the gradient was not finite in {skipped} steps in a "
-                "row; lower learning_rate, or look at what they were trained on: fdfast show "
-                f"{config.output_dir}/attempts.jsonl --step {step}"
-            )
-        if config.guards.entropy_alarm_action == "stop":
-            for alarm in heard:
-                if alarm.name == "entropy":
-                    raise MachineError(f"step {step}: {alarm.text}")
 
 
 def _evaluation_due(run: _Run) -> bool:
@@ -292,139 +327,6 @@ def _lines(run: _Run, attempts: list[Attempt], seed: int) -> list[dict[str, Any]
     )
 
 
-def _initial_state(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> TrainState:
-    with ranks.together():
-        if config.model.dtype == "float16":
-            raise InputError("dtype=float16 can't be trained without loss scaling; take bfloat16")
-        model, tokenizer = load_student(
-            config.model.model_name_or_path,
-            dtype=config.model.dtype,
-            adapters=_adapters(config),
-            saved=checkpoint,
-        )
-    fuse_layers(model)  # before the teacher and what samples are copied
-    sampled = None
-    if ranks.device is not None:
-        # vLLM takes its weights from anywhere, and has a copy of its own on the GPU.
-        place = torch.device("cpu") if config.rollout.use_vllm else ranks.device
-        sampled = WholeCopy(model, place)
-    cut = _cut(config, ranks)
-    teacher = EMATeacher(
-        model,
-        # Nobody asks it in a run of GRPO alone: live is no copy.
-        kind=config.teacher.kind if distills(config) else "live",
-        alpha=config.teacher.alpha,
-        every=config.teacher.every,
-        scoring_dtype=config.teacher.scoring_dtype if distills(config) else "",
-        master_device=config.teacher.master_device,
-        prepare=cut,
-    )
-    if config.model.gradient_checkpointing:
-        # transformers 5.2x renamed it and warns at the old name, which 5.17 alone has.
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        enable = enable or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    if cut is not None:
-        cut(model)
-    master = MasterWeights(model)
-    optimizer = torch.optim.AdamW(
-        master.master.values(),
-        lr=config.optim.learning_rate,
-        betas=(config.optim.adam_beta1, config.optim.adam_beta2),
-        eps=config.optim.adam_epsilon,
-        weight_decay=config.optim.weight_decay,
-        fused=True,
-    )
-    state = TrainState(model, tokenizer, teacher, master, optimizer, sampled=sampled)
-    if checkpoint is not None:
-        restore(state, checkpoint)
-    return state
-
-
-def _provider(config: TrainConfig, state: TrainState) -> FeedbackProvider | None:
-    """None where no stage asks for feedback: one of source self may hold a model."""
-    if not distills(config):
-        return None
-    teacher = state.teacher
-    return make_provider(config, teacher.model, state.tokenizer, is_initial=teacher.frozen)
-
-
-def _adapters(config: TrainConfig) -> Adapters | None:
-    if not config.lora.use_peft:
-        return None
-    return Adapters(
-        rank=config.lora.r,
-        alpha=config.lora.alpha,
-        dropout=config.lora.dropout,
-        target_modules=config.lora.target_modules,
-        seed=config.seed,
-    )
-
-
-def _scorer(run: _Run, at: Place) -> Scorer:
-    """The loss of a stage, and what it looks at."""
-    state, config = run.state, at.config
-    wanted = config.loss.beta and config.loss.distillation_weight < 1
-    reference = _reference(run, at) if wanted else None
-    heads = heads_of(state.model)
-    loss_fn = _loss(config, lm_head(state.model), heads.group)
-    return Scorer(config, state.model, state.teacher.model, loss_fn, reference, run.ranks, heads)
-
-
-def _reference(run: _Run, at: Place) -> Any:
-    """The student as the stage found it; kept in the run's folder, for a resume."""
-    path = Path(run.config.output_dir) / f"reference-{at.index}"
-    student = run.state.whole_model() if at.step == 0 else None
-    with run.ranks.together():
-        if student is not None and run.ranks.main:
-            keep_reference(student, run.state.tokenizer, path)
-    with run.ranks.together():
-        reference = load_reference(run.state.model, path, dtype=run.config.model.dtype)
-    if (cut := _cut(run.config, run.ranks)) is not None:
-        cut(reference)
-    return reference
-
-
-def _cut(config: TrainConfig, ranks: Ranks) -> Callable[[Any], None] | None:
-    """What cuts a model over the ranks, where there are several."""
-    if ranks.device is None:
-        return None
-    keeps = config.model.vocabulary_parallel
-    return functools.partial(shard, device=ranks.device, keeps_head_cut=keeps)
-
-
-def _loss(
-    config: TrainConfig, head: HeadWeights, group: Any = None
-) -> FeedbackDistillationLoss | GRPOLoss:
-    loss, vllm = config.loss, config.vllm
-    common: dict[str, Any] = {
-        "divergence": loss.divergence,
-        "alpha": loss.divergence_alpha,
-        "tail": loss.tail,
-        "logit_softcap": head.logit_softcap,
-        "entropy_coef": loss.entropy_coef,
-        "grad_filter": loss.grad_filter,
-        "workspace_mb": loss.workspace_mb,
-        "backend": loss.backend,
-        "group": group,
-    }
-    if loss.distillation_weight == 1:
-        return FeedbackDistillationLoss(temperature=loss.distillation_temperature, **common)
-    return GRPOLoss(
-        distillation_weight=loss.distillation_weight,
-        loss_type=loss.loss_type,
-        importance_sampling_level=loss.importance_sampling_level,
-        epsilon=loss.epsilon,
-        epsilon_high=loss.epsilon_high,
-        beta=loss.beta,
-        temperature=config.rollout.temperature,
-        max_completion_length=config.rollout.max_completion_length,
-        vllm_importance_sampling_mode=vllm.importance_sampling_mode,
-        vllm_importance_sampling_clip_max=vllm.importance_sampling_clip_max,
-        **common,
-    )
-
-
 def _choose(problems: Sequence[Problem], at: Place) -> list[Problem]:
     """The step's problems: every epoch is a shuffle of its own, so the step number alone is the
     data cursor.
@@ -440,48 +342,3 @@ def _order(seed: int, epoch: int, count: int) -> list[int]:
     order = list(range(count))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return order
-
-
-def _gradients(run: _Run, scorer: Scorer, attempts: list[Attempt]) -> dict[str, float]:
-    """The step's gradient, from zero, and what was seen on the way."""
-    torch.manual_seed(step_seed(run.config, run.state.step))  # of dropout, where a model has it
-    run.state.model.train()
-    run.state.optimizer.zero_grad(set_to_none=True)
-    return scorer.score(told(attempts), backward=True)
-
-
-def _learning_rate(at: Place) -> float:
-    """Of the step there; each stage has a schedule of its own."""
-    optim, step = at.config.optim, at.step
-    factor = min(1.0, (step + 1) / max(1, optim.warmup_steps))
-    if optim.lr_scheduler_type == "linear" and step >= optim.warmup_steps:
-        factor = (optim.max_steps - step) / max(1, optim.max_steps - optim.warmup_steps)
-    return optim.learning_rate * factor
-
-
-def _update(run: _Run, at: Place, loss: float) -> dict[str, float]:
-    """Clip, step the optimizer, let the teacher follow; where the loss or the gradient is not
-    finite, nothing but the count of steps changes.
-    """
-    state, config = run.state, at.config
-    if at.index and not at.step and at.optimizer_state == "reset":
-        state.optimizer.state.clear()
-    rate = _learning_rate(at) * rate_factor(run.log.history, config)
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
-    limit = config.optim.max_grad_norm or float("inf")
-    norm = whole(torch.nn.utils.clip_grad_norm_(state.master.take_gradients(), limit))
-    skipped = not (torch.isfinite(norm) and math.isfinite(loss))
-    state.changing = True
-    if not skipped:
-        state.optimizer.step()
-        state.master.write_back()
-    state.step += 1
-    followed = not skipped and state.teacher.step(state.master.master, state.step)
-    state.changing = False
-    return {
-        "grad_norm": float(norm),
-        "learning_rate": rate,
-        "teacher/updated": float(followed),
-        "skipped": float(skipped),
-    }

@@ -5,7 +5,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from fdfast.errors import InputError
 from fdfast.files import atomic_file
 from fdfast.rollout.records import make_record, to_dict
 from fdfast.trainer.batch import Attempt
+from fdfast.trainer.sinks import Sink
 
 
 class MetricsLog:
@@ -29,9 +30,13 @@ class MetricsLog:
         folder: of the run.
         step: finished steps; lines beyond are of steps that will be done again.
         writes: whether the files are this process's: else they are read at the beginning alone.
+        sinks: get every row, too.
     """
 
-    def __init__(self, folder: Path, *, step: int, writes: bool = True) -> None:
+    def __init__(
+        self, folder: Path, *, step: int, writes: bool = True, sinks: Sequence[Sink] = ()
+    ) -> None:
+        self.sinks = sinks
         self.metrics, self.attempts = folder / "metrics.jsonl", folder / "attempts.jsonl"
         self.writes = writes
         if writes:
@@ -65,6 +70,8 @@ class MetricsLog:
                 file.write("".join(_line(row) for row in rows))
                 file.flush()
                 os.fsync(file.fileno())
+        for sink in self.sinks:
+            sink.write(metrics["step"], metrics)
 
 
 # How a line begins that `rollout.records` wrote: the step without the long lists behind it.
@@ -106,7 +113,7 @@ def _step_of(line: bytes, place: str) -> int:
 
 
 # What alarms look at.
-_WATCHED = ("kl", "entropy", "reward", "alarms", "skipped")
+_WATCHED = ("stage", "kl", "entropy", "reward", "alarms", "skipped")
 
 
 def _watched(row: dict[str, Any]) -> dict[str, Any]:
@@ -231,3 +238,23 @@ class Clock:
     def metrics(self) -> dict[str, float]:
         """Seconds by stage, and of all since the clock was made."""
         return {**self.spent, "time/step": time.perf_counter() - self.start}
+
+
+def stage_times(batch: Clock, learner: Clock) -> dict[str, float]:
+    """Seconds of each stage of a step, and as time/idle/<stage> the share of time/step in which it
+    was idle.
+
+    Args:
+        batch: of the stages that made the batch, maybe while an earlier one was trained on.
+        learner: from its asking for the batch on.
+    """
+    times = batch.spent | learner.metrics()
+    parts = {
+        "rollout": ("weight_sync", "rollout", "verify"),
+        "feedback": ("feedback",),
+        "update": ("update",),
+    }
+    for stage, names in parts.items():
+        busy = sum(times.get(f"time/{name}", 0.0) for name in names)
+        times[f"time/idle/{stage}"] = max(0.0, 1.0 - busy / times["time/step"])
+    return times

@@ -11,11 +11,51 @@ _GRPO: dict[str, Any] = {
     "loss.beta": 0.001,
 }
 
+# What a model of 135M parameters needs to see to write a proof at all.
+_EXAMPLES = (
+    "theorem e1 (p : Prop) (x : p) : p := x\n"
+    "theorem e2 (p q : Prop) (x : p) (y : q) : q := y\n"
+    "theorem e3 (p : Prop) : p → p := fun x => x\n"
+    "theorem e4 : Eq (Nat.add 3 4) 7 := rfl\n{prompt}"
+)
+
 PRESETS: dict[str, dict[str, Any]] = {
     # The paper's table: Qwen3-8B, LeanWorkbook; the model and the data set are yours to name.
     "fd_paper": {},
     "grpo_paper": _GRPO,
     "fd_then_grpo": {"stages": ({"max_steps": 200}, {"max_steps": 200, **_GRPO})},
+    # All of it once, in minutes on two cores: both stages, evaluation, checkpoints.
+    "lab": {
+        "model.float32_matmul_precision": "medium",
+        "data.problem_names": ("easy_*", "taut_*", "calc_*"),
+        "prompt.system_prompt": "You write Lean.",
+        "prompt.prompt_template": "Complete the Lean proofs.",
+        "prompt.completion_prefix": _EXAMPLES,
+        "feedback.position": "start",
+        "rollout.prompts_per_step": 8,
+        "rollout.max_completion_length": 16,
+        "rollout.stop_strings": ("\n",),
+        "rollout.temperature": 0.7,
+        "teacher.every": 2,
+        "optim.adam_beta2": 0.95,
+        "optim.warmup_steps": 2,
+        "stages": (
+            {"max_steps": 4},
+            {
+                "max_steps": 4,
+                "distillation_weight": 0.0,
+                "learning_rate": 2e-6,
+                "prompts_per_step": 2,
+                "num_generations": 4,
+                "beta": 0.001,
+            },
+        ),
+        "evaluation.eval_num_prompts": 8,
+        "evaluation.eval_steps": 4,
+        "lean.timeout_s": 10.0,
+        "checkpoint.save_steps": 4,
+        "checkpoint.save_total_limit": 1,
+    },
     # The two parts of `fdfast demo`: what 135M parameters show in minutes on two cores.
     "demo_concise": {
         "data.task": "chat",
@@ -47,12 +87,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "data.problem_names": ("easy_*", "taut_*", "calc_*"),
         "prompt.system_prompt": "You write Lean.",
         "prompt.prompt_template": "Complete the Lean proofs.",
-        "prompt.completion_prefix": (
-            "theorem e1 (p : Prop) (x : p) : p := x\n"
-            "theorem e2 (p q : Prop) (x : p) (y : q) : q := y\n"
-            "theorem e3 (p : Prop) : p → p := fun x => x\n"
-            "theorem e4 : Eq (Nat.add 3 4) 7 := rfl\n{prompt}"
-        ),
+        "prompt.completion_prefix": _EXAMPLES,
         "feedback.source": "verifier",
         "feedback.position": "start",
         "rollout.prompts_per_step": 8,

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -27,12 +29,18 @@ from fdfast.trainer.ranks import Ranks
 class Weights(Protocol):
     """What is sampled from: `TrainState`."""
 
-    def whole_model(self) -> object:
-        """The student, with all of its weights; a collective of the ranks."""
+    def model_to_sample(self) -> object:
+        """The student with all of its weights, or a copy brought up to date; a collective of the
+        ranks.
+        """
 
     @property
     def step(self) -> int:
         """How often it was changed."""
+
+    @property
+    def lock(self) -> AbstractContextManager[object]:
+        """Held, nobody changes it."""
 
 
 @dataclasses.dataclass
@@ -48,6 +56,8 @@ class Rollouts:
         synced_step: the step whose weights the engine has.
         may_fail: whether feedback may fail for all attempts of a step.
         ranks: that share each step's problems; a problem's attempts stay on one.
+        sampling: held while the engine is at work, for it can do one thing at a time.
+        telling: the same, of the provider.
     """
 
     config: TrainConfig
@@ -58,6 +68,8 @@ class Rollouts:
     synced_step: int | None = None
     may_fail: bool = False
     ranks: Ranks = dataclasses.field(default_factory=Ranks)
+    sampling: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    telling: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def attempts(
         self,
@@ -69,7 +81,19 @@ class Rollouts:
         *,
         feedback: bool = True,
     ) -> tuple[list[Attempt], dict[str, float]]:
-        """This rank's attempts with verdict, advantage and feedback, those at one problem together.
+        """Both stages, one after the other; see `sampled` and `with_feedback`."""
+        plain, step = self.sampled(problems, num_generations, seed, weights, clock)
+        return self.with_feedback(plain, clock, step=step + 1) if feedback else (plain, {})
+
+    def sampled(
+        self,
+        problems: Sequence[Problem],
+        num_generations: int,
+        seed: int,
+        weights: Weights,
+        clock: Clock,
+    ) -> tuple[list[Attempt], int]:
+        """This rank's attempts with verdict and advantage, those at one problem together.
 
         Args:
             problems: of all ranks, each attempted num_generations times.
@@ -77,28 +101,47 @@ class Rollouts:
             seed: of the sampling.
             weights: what is sampled from.
             clock: of the stages.
-            feedback: whether it is asked for.
+
+        Returns:
+            The attempts, their feedback empty, and the step of the weights that they are from.
+
+        Raises:
+            MachineError: a stage met a fault of the machine.
+        """
+        with self.sampling:
+            with weights.lock:
+                step = weights.step
+                if self.synced_step != step:
+                    with clock("weight_sync"):
+                        self.engine.update_weights(weights.model_to_sample())
+                    self.synced_step = step
+            first, own = self.ranks.share(problems)
+            every = [problem for problem in own for _ in range(num_generations)]
+            with self.ranks.together():
+                trajectories = self._trajectories(every, seed, first * num_generations, clock)
+            self.engine.sleep()
+        return self._plain(every, trajectories, num_generations), step
+
+    def with_feedback(
+        self, plain: list[Attempt], clock: Clock, *, step: int
+    ) -> tuple[list[Attempt], dict[str, float]]:
+        """Attempts with feedback and the teacher's prompts.
+
+        Args:
+            plain: as `sampled` makes them.
+            clock: of the stages.
+            step: that they are for, for a message.
 
         Returns:
             The attempts, feedback None where it failed, and what the provider counted.
 
         Raises:
-            MachineError: a stage met a fault of the machine, or feedback failed for all.
+            MachineError: feedback failed for all.
         """
-        if self.synced_step != weights.step:
-            with clock("weight_sync"):
-                self.engine.update_weights(weights.whole_model())
-            self.synced_step = weights.step
-        first, own = self.ranks.share(problems)
-        every = [problem for problem in own for _ in range(num_generations)]
-        with self.ranks.together():
-            trajectories = self._trajectories(every, seed, first * num_generations, clock)
-        self.engine.sleep()
-        with clock("feedback"):
-            plain = self._plain(every, trajectories, num_generations)
-            if self.provider is None or not feedback:
+        with self.telling, clock("feedback"):
+            if self.provider is None:
                 return plain, {}
-            return self._with_feedback(plain, self.provider, step=weights.step + 1)
+            return self._with_feedback(plain, self.provider, step=step)
 
     def _trajectories(
         self, problems: Sequence[Problem], seed: int, first: int, clock: Clock
@@ -121,7 +164,7 @@ class Rollouts:
                 timed=clock,
             )
 
-    def _toolboxes(self) -> contextlib.AbstractContextManager[Toolboxes | None]:
+    def _toolboxes(self) -> AbstractContextManager[Toolboxes | None]:
         if not self.config.rollout.tools:
             return contextlib.nullcontext()
         assert self.lean is not None
@@ -196,6 +239,7 @@ def check_for_ranks(config: TrainConfig, ranks: Ranks) -> None:
             "vllm.mode 'colocate', or one rank"
         )
     alone = {
+        "rollout.max_staleness": config.rollout.max_staleness > 0,
         "ray.address": bool(config.ray.address),
         "lora.use_peft": config.lora.use_peft,
         "teacher.kind live": config.teacher.kind == "live",
@@ -289,7 +333,7 @@ def read_split(config: TrainConfig, split: str) -> list[Problem]:
     return read_problems(path, task=data.task, split=split or None, names=data.problem_names)
 
 
-def lean_pool(config: TrainConfig) -> contextlib.AbstractContextManager[LeanPool | None]:
+def lean_pool(config: TrainConfig) -> AbstractContextManager[LeanPool | None]:
     """One pool of Lean processes for the whole run; None for chat questions."""
     if config.data.task != "lean":
         return contextlib.nullcontext()

@@ -7,15 +7,40 @@ import json
 import math
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from fdfast.errors import InputError, MachineError
 from fdfast.files import atomic_file
 from fdfast.losses.output import VERL_NAMES
+from fdfast.trainer.settings import Settings
 
 REPORTS = ("tensorboard", "wandb")
-WANDB_MODES = ("offline", "online", "disabled")
+
+
+@dataclass(frozen=True)
+class LoggingSettings(Settings):
+    """Where the curves go, beside metrics.jsonl.
+
+    Attributes:
+        report_to: some of tensorboard, wandb; () for metrics.jsonl alone.
+        run_name: for people; "" for the name of output_dir.
+        logging_dir: of the files of both; "" for output_dir/logs.
+        metric_names: of both: trl, or verl, whose names what means the same there gets
+            (losses.output.VERL_NAMES); metrics.jsonl has TRL's.
+        wandb_project: of Weights & Biases.
+        wandb_mode: offline (send later with wandb sync), online or disabled.
+    """
+
+    group = "logging."
+
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    run_name: str = ""
+    logging_dir: str = ""
+    metric_names: Literal["trl", "verl"] = "trl"
+    wandb_project: str = "fdfast"
+    wandb_mode: Literal["offline", "online", "disabled"] = "offline"
 
 
 class Sink(Protocol):
@@ -56,6 +81,41 @@ def _verl_name(name: str) -> str:
     return VERL_NAMES.get(name, name)
 
 
+def check_reports(report_to: Sequence[str]) -> None:
+    """Refuse a run whose reports lack a package, before a model is loaded.
+
+    Raises:
+        InputError: a name that is none.
+        MachineError: a package is missing.
+    """
+    for name in report_to:
+        if name not in REPORTS:
+            raise InputError(f"report_to must name some of {', '.join(REPORTS)}; got {name!r}")
+        _summary_writer() if name == "tensorboard" else _wandb()
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MachineError(
+            f"report_to tensorboard: it is not installed ({error}); run: "
+            "pip install 'fdfast[tensorboard]', or leave it out"
+        ) from error
+    return SummaryWriter
+
+
+def _wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise MachineError(
+            f"report_to wandb: it is not installed ({error}); run: "
+            "pip install 'fdfast[wandb]', or leave it out"
+        ) from error
+    return wandb
+
+
 def make_sinks(
     report_to: Sequence[str],
     folder: Path,
@@ -85,11 +145,10 @@ def make_sinks(
         InputError: a name that is none.
         MachineError: a package is missing, or it can't begin a run.
     """
+    check_reports(report_to)
     made: list[Sink] = []
     files = Path(logging_dir) if logging_dir else folder / "logs"
     for name in report_to:
-        if name not in REPORTS:
-            raise InputError(f"report_to must name some of {', '.join(REPORTS)}; got {name!r}")
         if name == "tensorboard":
             made.append(TensorBoardSink(files / "tensorboard", step=step, names=metric_names))
             continue
@@ -120,18 +179,10 @@ class TensorBoardSink:
     """
 
     def __init__(self, folder: Path, *, step: int, names: str = "trl") -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise MachineError(
-                f"report_to tensorboard: it is not installed ({error}); run: "
-                "pip install 'fdfast[tensorboard]', or leave it out"
-            ) from error
         self.names = names
         # A run that begins has no points at all, not even of the evaluation before its first step.
         purge = step + 1 if step else 0
-        make: Any = SummaryWriter
-        self.writer = make(log_dir=str(folder), purge_step=purge)
+        self.writer = _summary_writer()(log_dir=str(folder), purge_step=purge)
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
         """See `Sink`; the points are on disk when this returns."""
@@ -174,13 +225,7 @@ class WandbSink:
         run_name: str,
         settings: Mapping[str, Any],
     ) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise MachineError(
-                f"report_to wandb: it is not installed ({error}); run: "
-                "pip install 'fdfast[wandb]', or leave it out"
-            ) from error
+        wandb = _wandb()
         folder.mkdir(parents=True, exist_ok=True)
         self.names, self.place = names, folder / "wandb.json"
         known = json.loads(self.place.read_text(encoding="utf-8")) if self.place.exists() else None
@@ -196,7 +241,7 @@ class WandbSink:
                 resume="allow" if mode == "online" else None,
                 mode=mode,
                 dir=str(folder),
-                config=dict(settings),
+                config=json.loads(json.dumps(dict(settings), default=vars)),  # stages too
                 # The trainer has the terminal, and stores its own settings, versions and commit.
                 settings=wandb.Settings(console="off", silent=True, disable_git=True),
             )

@@ -1,0 +1,224 @@
+"""Batches made ahead of the update: when, from which weights, and how it ends."""
+
+import dataclasses
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from fdfast.errors import InputError, MachineError
+from fdfast.lean import LeanPool, Verdict
+from fdfast.models import load_model
+from fdfast.rollout import HFEngine
+from fdfast.trainer import loop, train
+from fdfast.trainer.checkpoint import checkpoints
+from fdfast.trainer.metrics import Clock, stage_times
+from fdfast.trainer.pipeline import Batch, OnDemand, Pipeline
+from fdfast.trainer.ranks import Ranks
+from fdfast.trainer.rollouts import Rollouts, check_for_ranks
+from tests.test_trainer import settings
+from tests.test_trainer_stages import attempts_of, config_of, run_settings, scored
+from tests.tiny import save_tiny_model
+
+EXACT = ("loss", "kl", "entropy", "grad_norm", "num_tokens", "staleness")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    yield
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("fdfast ")]
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """Every third answer is a proof."""
+
+    def check(self, statement, proof, header=None, context=""):
+        right = sum(proof.encode()) % 3 == 0
+        return Verdict("proved", level=1) if right else Verdict("failed", reason="no")
+
+    monkeypatch.setattr(LeanPool, "check", check)
+
+
+def pipelined(monkeypatch, max_staleness):
+    """Every run's batches come from threads, whatever its settings say."""
+
+    def make(sample, tell):
+        return Pipeline(sample, tell, first=0, last=5, max_staleness=max_staleness)
+
+    monkeypatch.setattr(loop, "OnDemand", make)
+
+
+def test_with_no_staleness_the_pipeline_is_the_loop_without_it(tiny, tmp_path, judged, monkeypatch):
+    """Distillation, then GRPO against a reference: metrics and weights bit for bit."""
+    plain = train(run_settings(tiny, tmp_path / "plain"), quiet=True)
+    pipelined(monkeypatch, 0)
+    ahead = train(run_settings(tiny, tmp_path / "ahead"), quiet=True)
+    assert [[row[name] for name in EXACT] for row in ahead] == [
+        [row[name] for name in EXACT] for row in plain
+    ]
+    weights = [load_model(tmp_path / name / "model")[0].state_dict() for name in ("plain", "ahead")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("max_staleness", [1, 2])
+def test_a_batch_is_from_the_weights_of_the_step_that_it_names(
+    tiny, tmp_path, monkeypatch, max_staleness
+):
+    seen, update, generate = {0: None}, loop.update, HFEngine.generate
+    sampled = []
+
+    def total(model):
+        return float(sum(p.detach().double().abs().sum() for p in model.parameters()))
+
+    def updating(state, *args, **kwargs):
+        seen.setdefault(0, None)
+        if seen[0] is None:
+            seen[0] = total(state.model)
+        found = update(state, *args, **kwargs)
+        seen[state.step] = total(state.model)
+        return found
+
+    def sampling(self, *args, **kwargs):
+        before = total(self.model)
+        found = generate(self, *args, **kwargs)
+        assert total(self.model) == before  # nobody changes it meanwhile
+        sampled.append(before)
+        return found
+
+    monkeypatch.setattr(loop, "update", updating)
+    monkeypatch.setattr(HFEngine, "generate", sampling)
+    config = settings(tiny, tmp_path, max_steps=6, max_staleness=max_staleness)
+    rows = train(config, quiet=True)
+    lags = [row["staleness"] for row in rows]
+    assert lags[0] == 0
+    assert all(0 <= lag <= max_staleness for lag in lags)
+    assert max(lags) > 0
+    assert sampled == [seen[step - lag] for step, lag in enumerate(lags)]
+
+
+def test_the_stages_work_at_once():
+    """Three stages of 50 ms: a step takes little more than one of them."""
+
+    def sample(step):
+        time.sleep(0.05)
+        return Batch(step, [], step)
+
+    def tell(batch):
+        time.sleep(0.05)
+        return batch
+
+    def seconds(batches):
+        start = time.perf_counter()
+        with batches:
+            for step in range(12):
+                batches.take(step)
+                time.sleep(0.05)
+                batches.finished(step + 1)
+        return time.perf_counter() - start
+
+    alone = seconds(OnDemand(sample, tell))
+    ahead = seconds(Pipeline(sample, tell, first=0, last=12, max_staleness=3))
+    assert ahead < 0.6 * alone
+
+
+def test_no_more_batches_wait_than_the_staleness_allows():
+    made = []
+
+    def sample(step):
+        made.append(step)
+        return Batch(step, [], step)
+
+    with Pipeline(sample, lambda batch: batch, first=0, last=50, max_staleness=2) as batches:
+        for step in range(4):
+            batches.take(step)
+            time.sleep(0.05)
+            assert max(made) <= step + 2
+            batches.finished(step + 1)
+
+
+def test_idle_shares_are_of_the_learners_time(monkeypatch):
+    batch, learner = Clock(), Clock()
+    batch.spent = {"time/rollout": 1.0, "time/verify": 0.5, "time/feedback": 4.0}
+    learner.spent = {"time/update": 2.0}
+    monkeypatch.setattr(learner, "start", time.perf_counter() - 4.0)
+    times = stage_times(batch, learner)
+    assert times["time/idle/rollout"] == pytest.approx(0.625, abs=0.01)
+    assert times["time/idle/feedback"] == pytest.approx(0.0, abs=0.01)
+    assert times["time/idle/update"] == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("stage", ["sampled", "with_feedback"])
+def test_a_stages_error_is_the_runs_and_what_was_done_is_saved(tiny, tmp_path, monkeypatch, stage):
+    make, calls = getattr(Rollouts, stage), []
+
+    def fails(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise MachineError("the tape is torn")
+        return make(self, *args, **kwargs)
+
+    monkeypatch.setattr(Rollouts, stage, fails)
+    config = settings(tiny, tmp_path, max_steps=9, max_staleness=1)
+    with pytest.raises(MachineError, match="the tape is torn"):
+        train(config, quiet=True)
+    (saved,) = checkpoints(tmp_path)
+    monkeypatch.undo()
+    done = int(saved.name.split("-")[1])
+    assert done >= 1
+    rows = train(dataclasses.replace(config), resume=True, quiet=True)
+    assert [row["step"] for row in rows] == list(range(1, 10))
+
+
+def test_ctrl_c_ends_a_long_rollout_at_once(tiny, tmp_path):
+    """The thread that samples for minutes is left where it is, as Ctrl-C would leave it."""
+    code = (
+        "import sys; from tests.test_trainer import settings; from fdfast.trainer import train\n"
+        "train(settings(sys.argv[1], sys.argv[2], max_steps=3, max_staleness=1, "
+        "max_completion_length=6000, max_pass_tokens=99999, prompts_per_step=16))"
+    )
+    command = [sys.executable, "-c", code, str(tiny), str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
+        while not (tmp_path / "run" / "run.json").exists():
+            time.sleep(0.1)
+        time.sleep(1.0)
+        start = time.perf_counter()
+        run.send_signal(signal.SIGINT)
+        said = run.communicate(timeout=60)[0].decode()
+    assert time.perf_counter() - start < 10.0
+    assert run.returncode != 0
+    assert "_EndedError" not in said
+
+
+def test_a_stale_batch_is_corrected_as_vllms_is(tiny):
+    """By what the policy is now over what it was; that ratio is tested with use_vllm."""
+    model, _ = load_model(tiny)
+    by_vllm = scored(model, config_of(use_vllm=True), attempts_of())
+    stale = scored(model, config_of(max_staleness=1), attempts_of())
+    assert stale[0] == by_vllm[0]
+    assert stale[0]["sampling/sampling_logp_difference/mean"] > 0.1
+    assert all(torch.equal(stale[1][name], by_vllm[1][name]) for name in stale[1])
+    off = config_of(max_staleness=1, vllm_importance_sampling_correction=False)
+    assert scored(model, off, attempts_of())[0] != by_vllm[0]
+
+
+def test_where_nothing_can_be_made_ahead_it_is_one_line(tiny, tmp_path):
+    with pytest.raises(InputError, match="self_model 'teacher' would write while it scores"):
+        settings(
+            tiny, tmp_path, max_staleness=1, feedback_source="self", feedback_self_model="teacher"
+        )
+    two = Ranks()
+    two.size = 2
+    with pytest.raises(InputError, match=r"rollout.max_staleness is for one rank; got 2"):
+        check_for_ranks(settings(tiny, tmp_path, max_staleness=1), two)
+    with pytest.raises(InputError, match="max_staleness must not be negative; got -1"):
+        settings(tiny, tmp_path, max_staleness=-1)
