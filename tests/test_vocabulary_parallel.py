@@ -107,8 +107,7 @@ def test_a_vocabulary_with_no_row_for_a_rank_is_refused() -> None:
                 ("topk", True, 2),
                 ("topk", False, 3),
                 ("policy", True, 2),
-                ("policy", False, 2),
-                ("grpo", True, 2),
+                ("grpo", False, 2),
                 ("streamed", False, 2),
                 ("streamed-mix", True, 3),
             )

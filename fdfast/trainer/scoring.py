@@ -7,7 +7,7 @@ Legend: T trained tokens of a pack, D hidden, V vocabulary.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -217,7 +217,7 @@ class _Part:
         head = self.scorer.heads.weights(self.scorer.model)
         loss_fn, num_tokens = self.scorer.loss_fn, self.counts[0]
         hidden, targets = meeting.all(hidden), meeting.all(self.tree.target_ids[rows])
-        evidence = None if self.evidence is None else _of_all(self.evidence.rows(rows), meeting)
+        evidence = None if self.evidence is None else self.evidence.rows(rows).each(meeting.all)
         if isinstance(loss_fn, GRPOLoss):
             output = self._policy_loss(loss_fn, hidden, targets, evidence, rows, meeting)
         else:
@@ -260,16 +260,12 @@ class _Part:
             None if x is None else meeting.all(x[rows]) for x in self._given
         )
         assert advantages is not None
-        if isinstance(evidence, TeacherHidden):
-            evidence = replace(evidence, hidden=by_sequence(evidence.hidden))
-        elif evidence is not None:
-            evidence = TeacherTopK(by_sequence(evidence.ids), by_sequence(evidence.logprobs))
         output: LossOutput = loss_fn(
             by_sequence(hidden),
             head.weight,
             by_sequence(targets),
             by_sequence(advantages),
-            evidence,
+            None if evidence is None else evidence.each(by_sequence),
             mask=by_sequence(torch.ones_like(targets, dtype=torch.bool)),
             bias=head.bias,
             ref_logprobs=None if reference is None else by_sequence(reference),
@@ -314,12 +310,6 @@ def corrects_sampling(config: TrainConfig) -> bool:
     """
     differs = config.rollout.use_vllm or config.rollout.max_staleness > 0
     return differs and config.vllm.importance_sampling_correction
-
-
-def _of_all(evidence: TeacherHidden | TeacherTopK, meeting: Meeting) -> TeacherHidden | TeacherTopK:
-    if isinstance(evidence, TeacherHidden):
-        return replace(evidence, hidden=meeting.all(evidence.hidden))
-    return TeacherTopK(meeting.all(evidence.ids), meeting.all(evidence.logprobs))
 
 
 def trees(attempts: Sequence[Attempt]) -> tuple[PrefixTree, PrefixTree]:

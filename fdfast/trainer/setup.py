@@ -146,7 +146,7 @@ def _cut(config: TrainConfig, ranks: Ranks) -> Callable[[Any], None] | None:
 def make_loss(
     config: TrainConfig, head: HeadWeights, group: Any = None
 ) -> FeedbackDistillationLoss | GRPOLoss:
-    """The loss that the settings name, for a model with this head, cut over `group` if so said."""
+    """The loss that the settings name, for a model with this head; group: see `policy_head`."""
     loss, vllm = config.loss, config.vllm
     common: dict[str, Any] = {
         "divergence": loss.divergence,
