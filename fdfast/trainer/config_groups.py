@@ -30,6 +30,8 @@ class ModelSettings(Settings):
         max_pass_tokens: of one forward pass. Attempts are packed, with what they share once, into
             as few passes as this allows; a problem whose attempts are more is streamed.
         gradient_checkpointing: trade time for memory in the student's layers.
+        activation_offloading: keep on the CPU what the student's backward pass needs until it does,
+            of a model on a GPU; with gradient_checkpointing that is the layers' inputs alone.
     """
 
     group = "model."
@@ -39,6 +41,7 @@ class ModelSettings(Settings):
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
     max_pass_tokens: int = at_least_one(16384)
     gradient_checkpointing: bool = False
+    activation_offloading: bool = False
 
 
 @dataclass(frozen=True)

@@ -97,13 +97,16 @@ class Scorer:
         with fast_gemms(device.type == "cpu" and onednn_keeps_float32()):
             student, teacher = (tree.to(device) for tree in both)
             part = _Part(self, pack, student, self._evidence(teacher), counts, totals)
+            offload = self.config.model.activation_offloading
             if backward and self._streams(student):
                 budget = self.config.model.max_pass_tokens
-                backward_in_parts(self.model, student, part, max_tokens=budget)
+                backward_in_parts(self.model, student, part, max_tokens=budget, offload=offload)
                 return
             part.look_up()
             every = torch.arange(len(student.target_ids), device=student.target_ids.device)
-            loss = inside(self.model, lambda: part(hidden_states(self.model, student), every))
+            loss = inside(
+                self.model, lambda: part(hidden_states(self.model, student, offload=offload), every)
+            )
             if backward:
                 loss.backward()  # type: ignore[no-untyped-call]
 
