@@ -20,6 +20,7 @@ from fdfast.packing import PrefixTree
 from fdfast.streaming import backward_in_parts
 from fdfast.trainer import train
 from fdfast.trainer.config_file import make_config
+from fdfast.trainer.sharding import inside, shard
 from tests.tiny import save_tiny_model
 
 
@@ -239,36 +240,21 @@ def test_a_model_on_the_cpu_is_refused_in_one_line(tmp_path: Any) -> None:
         train(make_config(settings), quiet=True)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="copies of a GPU's memory")
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_gpu_keeps_less_and_its_gradients_are_the_same(checkpointing: bool) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=384,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=12,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+def test_sharded_weights_do_not_move_either(buffers: Buffers) -> None:
+    """FSDP2 gathers each layer's weights on the way, into memory that was not there before."""
+    model = model_of()
+    right = copy.deepcopy(model)
+    gradients_of(right, offload=True)
+    alone, buffers.bytes = buffers.bytes, 0
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
-    model = AutoModelForCausalLM.from_config(config).to("cuda", torch.bfloat16)
-    fuse_layers(model)
-    if checkpointing:
-        model.train()
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    ids = torch.randint(3, 384, (4, 2048), generator=torch.Generator().manual_seed(0))
-    tree = PrefixTree.from_sequences(ids.tolist()).to("cuda")
-    found, kept = [], []
-    for offload in (False, True):
-        model.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        hidden = hidden_states(model, tree, offload=offload)
-        torch.cuda.synchronize()
-        kept.append(torch.cuda.memory_allocated() - before)
-        (hidden.float() ** 2).mean().backward()
-        found.append([p.grad for p in model.model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert kept[1] < (0.5 if checkpointing else 0.2) * kept[0], kept
+    try:
+        shard(model, torch.device("cpu"))
+        hidden = inside(model, lambda: hidden_states(model, tree_of(), offload=True))
+        (hidden**3).sum().backward()
+        assert buffers.bytes == alone
+        for own, truth in zip(model.model.parameters(), right.model.parameters(), strict=True):
+            assert torch.equal(own.grad.full_tensor(), truth.grad)
+    finally:
+        torch.distributed.destroy_process_group()
