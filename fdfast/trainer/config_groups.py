@@ -20,7 +20,7 @@ from fdfast.types import DEFAULT_WORKSPACE_MB
 GPU_PASS_TOKENS = 16384
 # FD step of SmolLM2-135M, 16 attempts of 128 + 128 tokens, float32, one thread of an AMD EPYC; CPU
 # seconds of scoring and memory beside models and optimizer, medians of 3: 512 tokens 32.3 s, 1.04
-# GiB; 1024 28.3 s, 1.60 GiB; 2048 30.4 s, 2.66 GiB.
+# GiB; 1024 28.3 s, 1.60 GiB; 2048 30.4 s, 2.66 GiB; 4096 30.4 s, 3.73 GiB.
 CPU_PASS_TOKENS = 1024
 
 
