@@ -69,7 +69,7 @@ class Scorer:
         """
         totals: dict[str, float] = {}
         with self.ranks.together():
-            own = [(p, trees(p)) for p in packs(attempts, self.config.model.max_pass_tokens)]
+            own = [(p, trees(p)) for p in packs(attempts, self._budget)]
             streams = backward and any(self._streams(student) for _, (student, _) in own)
         said = (sum(a.completion.num_sampled for a in attempts), len(attempts), len(own), streams)
         every = self.ranks.every(said)
@@ -105,13 +105,18 @@ class Scorer:
         with fast_gemms(device.type == "cpu" and onednn_keeps_float32()):
             student, teacher = (tree.to(device) for tree in both)
             part = _Part(self, pack, student, self._evidence(teacher), counts, totals)
+            offload = self.config.model.activation_offloading
             part.look_up()
             if backward and self._streams(student):
-                budget = self.config.model.max_pass_tokens
-                backward_in_parts(self.model, student, part, max_tokens=budget)
+                backward_in_parts(
+                    self.model, student, part, max_tokens=self._budget, offload=offload
+                )
             else:
                 every = torch.arange(len(student.target_ids), device=device)
-                loss = inside(self.model, lambda: part(hidden_states(self.model, student), every))
+                loss = inside(
+                    self.model,
+                    lambda: part(hidden_states(self.model, student, offload=offload), every),
+                )
                 if backward:
                     loss.backward()  # type: ignore[no-untyped-call]
             for meeting in self.heads.left():  # others stream their packs in more parts
@@ -130,16 +135,24 @@ class Scorer:
         asked = [self.teacher] if self.config.loss.distillation_weight else []
         return asked + ([] if self.reference is None else [self.reference])
 
+    @property
+    def _budget(self) -> int:
+        """Tokens of a pass."""
+        device = next(self.model.parameters()).device
+        return self.config.model.pass_tokens(device.type)
+
     def _streams(self, tree: PrefixTree) -> bool:
         """Whether a pack is too large for a pass.
 
         Raises:
             InputError: it is, and the loss wants whole sequences.
         """
-        if tree.num_tokens <= self.config.model.max_pass_tokens:
+        if tree.num_tokens <= self._budget:
             return False
         if isinstance(self.loss_fn, GRPOLoss) and self.by_sequence():
-            loss, budget = self.config.loss, self.config.model.max_pass_tokens
+            loss, budget = self.config.loss, self.config.model.whole_tokens
+            if tree.num_tokens <= budget:
+                return False
             raise InputError(
                 f"a problem's attempts have {tree.num_tokens} tokens, more than "
                 f"max_pass_tokens = {budget}; with loss_type {loss.loss_type!r}, "
@@ -348,7 +361,8 @@ def token_logprobs(
         For each attempt the natural log-probabilities of its ids, 0 where the model did not write.
     """
     found: dict[int, tuple[list[float], list[float]]] = {}
-    for pack in packs(attempts, config.model.max_pass_tokens):
+    budget = config.model.pass_tokens(next(student.parameters()).device.type)
+    for pack in packs(attempts, budget):
         pairs = zip((student, teacher), trees(pack), strict=True)
         every = [_target_logprobs(model, tree, config, Heads()) for model, tree in pairs]
         start = 0
