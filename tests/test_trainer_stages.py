@@ -274,6 +274,7 @@ def test_distillation_then_grpo_in_one_run_and_resumed_bit_for_bit(
     assert [row["stage"] for row in rows] == [0, 0, 1, 1, 1]
     assert [row["learning_rate"] for row in rows] == [1e-3, 1e-3, 1e-4, 1e-4, 1e-4]
     assert [("time/feedback" in row) for row in rows] == [row["stage"] == 0 for row in rows]
+    assert [("time/teacher" in row) for row in rows] == [row["stage"] == 0 for row in rows]
     assert "teacher_mass" in rows[0]
     assert "clip_ratio/region_mean" in rows[2]
     assert rows[2]["kl"] == pytest.approx(0.0, abs=1e-6), "the reference is the student just then"

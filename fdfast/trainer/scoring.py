@@ -24,6 +24,7 @@ from fdfast.streaming import backward_in_parts
 from fdfast.topk_head import topk_head
 from fdfast.trainer.batch import Attempt, completion_tree
 from fdfast.trainer.config import TrainConfig
+from fdfast.trainer.metrics import Clock
 from fdfast.trainer.ranks import Ranks
 from fdfast.trainer.settings import replaced
 from fdfast.trainer.sharding import blank_tree, empty_pass, gathered, inside, release
@@ -43,6 +44,7 @@ class Scorer:
         reference: what beta's KL is to; wanted where beta is more than 0 and the loss the policy's.
         ranks: that share the step; with several, the models are sharded.
         heads: whether those of all models are whole or cut; `loss_fn` has its group.
+        clock: seconds of the teacher's passes in the latest score.
     """
 
     config: TrainConfig
@@ -52,6 +54,7 @@ class Scorer:
     reference: Any = None
     ranks: Ranks = field(default_factory=Ranks)
     heads: Heads = field(default_factory=Heads)
+    clock: Clock = field(default_factory=Clock)
 
     def score(self, attempts: Sequence[Attempt], *, backward: bool) -> dict[str, float]:
         """Go through the packs; the loss is normalised over all of them, on all ranks.
@@ -68,6 +71,7 @@ class Scorer:
             InputError: a loss over whole sequences has a pack that does not fit in a pass.
         """
         totals: dict[str, float] = {}
+        self.clock.spent.clear()
         with self.ranks.together():
             own = [(p, trees(p)) for p in packs(attempts, self._budget)]
             streams = backward and any(self._streams(student) for _, (student, _) in own)
@@ -178,7 +182,11 @@ class Scorer:
         """What the loss is told of the teacher, for every target."""
         if not self.config.loss.distillation_weight:
             return None
-        return inside(self.teacher, lambda: self._told_by_teacher(tree))
+        with self.clock("teacher"):
+            told = inside(self.teacher, lambda: self._told_by_teacher(tree))
+            if tree.input_ids.is_cuda:  # its work is done when its time is
+                torch.cuda.synchronize(tree.input_ids.device)
+        return told
 
     def _told_by_teacher(self, tree: PrefixTree) -> TeacherHidden | TeacherTopK:
         hidden_TD, head = hidden_states(self.teacher, tree), self.heads.weights(self.teacher)
