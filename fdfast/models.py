@@ -89,6 +89,24 @@ def load_model(name_or_path: str | Path, *, dtype: str = "float32") -> tuple[Any
     return model.eval(), tokenizer
 
 
+def find_device(name: str = "") -> torch.device:
+    """Where a model computes.
+
+    Args:
+        name: cpu or cuda; "" for a GPU where there is one.
+
+    Raises:
+        MachineError: cuda, and there is no GPU that this torch can use.
+    """
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise MachineError(
+            "device 'cuda': this torch finds no GPU (torch.cuda.is_available() is False); take "
+            "'cpu', or install a torch built for it"
+        )
+    return torch.device(name or ("cuda" if there else "cpu"))
+
+
 def _check_model_path(path: str) -> None:
     folder = Path(path).expanduser()
     if folder.is_dir():

@@ -49,8 +49,7 @@ def check_device(device: torch.device) -> None:
     if device.type != "cuda":
         raise InputError(
             "activation_offloading moves to the CPU what a GPU keeps between forward and backward, "
-            f"and this model is on the {device.type}: drop it, or train on a GPU (torchrun -m "
-            "fdfast train ...)"
+            f"and this model is on the {device.type}: drop it, or train on a GPU"
         )
 
 

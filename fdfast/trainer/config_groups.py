@@ -30,6 +30,7 @@ class ModelSettings(Settings):
 
     Attributes:
         model_name_or_path: a folder, a hub name, or "demo" (SmolLM2-135M-Instruct).
+        device: cpu or cuda; "" for a GPU where there is one. Under torchrun each rank has its own.
         dtype: of the trained weights: float32, bfloat16, float16.
         float32_matmul_precision: torch's: highest, high or medium. On CPUs without bfloat16 matrix
             units medium is as exact as highest and takes another library, twice as fast on AMD.
@@ -48,6 +49,7 @@ class ModelSettings(Settings):
     group = "model."
 
     model_name_or_path: str = "demo"
+    device: Literal["", "cpu", "cuda"] = ""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
     max_pass_tokens: int | None = within(None, lambda tokens: tokens >= 1, "[1, inf)")

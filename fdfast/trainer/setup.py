@@ -11,7 +11,7 @@ from fdfast.errors import InputError
 from fdfast.feedback import FeedbackProvider
 from fdfast.fused_layers import fuse_layers
 from fdfast.losses import FeedbackDistillationLoss, GRPOLoss
-from fdfast.models import HeadWeights, lm_head
+from fdfast.models import HeadWeights, find_device, lm_head
 from fdfast.offloading import check_device
 from fdfast.teacher import EMATeacher
 from fdfast.trainer.checkpoint import TrainState, restore
@@ -33,20 +33,23 @@ def initial_state(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) ->
         InputError: a model or setting is off, or the checkpoint is damaged.
     """
     with ranks.together():
+        device = ranks.device or find_device(config.model.device)
         if config.model.dtype == "float16":
             raise InputError("dtype=float16 can't be trained without loss scaling; take bfloat16")
         if config.model.activation_offloading:
-            check_device(ranks.device or torch.device("cpu"))
+            check_device(device)
         model, tokenizer = load_student(
             config.model.model_name_or_path,
             dtype=config.model.dtype,
             adapters=_adapters(config),
             saved=checkpoint,
         )
+    if ranks.device is None:
+        model.to(device)
     fuse_layers(model)  # before the teacher and what samples are copied
     sampled = None
     if samples_ahead(config):
-        sampled = WholeCopy(model, next(model.parameters()).device)
+        sampled = WholeCopy(model, device)
     if ranks.device is not None:
         # vLLM takes its weights from anywhere, and has a copy of its own on the GPU.
         place = torch.device("cpu") if config.rollout.use_vllm else ranks.device
