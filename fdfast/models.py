@@ -194,7 +194,9 @@ def lm_head(model: Any) -> HeadWeights:
     return HeadWeights(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None))
 
 
-def hidden_states(model: Any, tree: PrefixTree, *, backend: str = "auto") -> Tensor:
+def hidden_states(
+    model: Any, tree: PrefixTree, *, backend: str = "auto", offload: bool = False
+) -> Tensor:
     """The last hidden states (M, D) that predict the tree's targets, in their order: what the LM
     head reads. Logits are not made. Differentiable, with and without gradient checkpointing.
 
@@ -205,12 +207,14 @@ def hidden_states(model: Any, tree: PrefixTree, *, backend: str = "auto") -> Ten
         model: a causal LM of transformers, peft's wrapper included.
         tree: M targets, on the model's device.
         backend: of `prefix_attention`.
+        offload: keep on the CPU what the backward pass needs, until it does: of a model on a GPU.
 
     Raises:
         InputError: the model's attention is none that a pack can go through: layers with a state
-            (linear attention), dropout, softcap or sinks in attention, a mask of its own.
+            (linear attention), dropout, softcap or sinks in attention, a mask of its own; or
+            `offload` is asked for and the model is not on a GPU.
     """
-    run = Pass(tree, backend)
+    run = Pass(tree, backend, offload=offload)
     hidden_TD = last_hidden(model, run, tree.input_ids, tree.position_ids)
     return hidden_TD.index_select(0, tree.logits_index)
 

@@ -151,7 +151,10 @@ def test_idle_shares_are_of_the_learners_time(monkeypatch):
     batch.spent = {"time/rollout": 1.0, "time/verify": 0.5, "time/feedback": 4.0}
     learner.spent = {"time/update": 2.0}
     monkeypatch.setattr(learner, "start", time.perf_counter() - 4.0)
-    times = stage_times(batch, learner)
+    scorer = Clock()
+    scorer.spent = {"time/teacher": 0.5}
+    times = stage_times(batch, scorer, learner)
+    assert times["time/teacher"] == 0.5
     assert times["time/idle/rollout"] == pytest.approx(0.625, abs=0.01)
     assert times["time/idle/feedback"] == pytest.approx(0.0, abs=0.01)
     assert times["time/idle/update"] == pytest.approx(0.5, abs=0.01)

@@ -230,7 +230,7 @@ def _train_on_batches(run: _Run, batches: Batches, scorer: Scorer, at: Place) ->
                 if shared is None
                 else metrics
                 | summary(shared, at.config.rollout.num_generations)
-                | stage_times(batch.clock, clock)
+                | stage_times(batch.clock, scorer.clock, clock)
                 | {"stage": at.index}
             )
             heard = alarms(run.log.history, metrics, config)

@@ -24,6 +24,7 @@ from fdfast.streaming import backward_in_parts
 from fdfast.topk_head import topk_head
 from fdfast.trainer.batch import Attempt, completion_tree
 from fdfast.trainer.config import TrainConfig
+from fdfast.trainer.metrics import Clock
 from fdfast.trainer.ranks import Ranks
 from fdfast.trainer.settings import replaced
 from fdfast.trainer.sharding import blank_tree, empty_pass, gathered, inside, release
@@ -43,6 +44,7 @@ class Scorer:
         reference: what beta's KL is to; wanted where beta is more than 0 and the loss the policy's.
         ranks: that share the step; with several, the models are sharded.
         heads: whether those of all models are whole or cut; `loss_fn` has its group.
+        clock: seconds of the teacher's passes in the latest score.
     """
 
     config: TrainConfig
@@ -52,6 +54,7 @@ class Scorer:
     reference: Any = None
     ranks: Ranks = field(default_factory=Ranks)
     heads: Heads = field(default_factory=Heads)
+    clock: Clock = field(default_factory=Clock)
 
     def score(self, attempts: Sequence[Attempt], *, backward: bool) -> dict[str, float]:
         """Go through the packs; the loss is normalised over all of them, on all ranks.
@@ -68,8 +71,9 @@ class Scorer:
             InputError: a loss over whole sequences has a pack that does not fit in a pass.
         """
         totals: dict[str, float] = {}
+        self.clock.spent.clear()
         with self.ranks.together():
-            own = [(p, trees(p)) for p in packs(attempts, self.config.model.max_pass_tokens)]
+            own = [(p, trees(p)) for p in packs(attempts, self._budget)]
             streams = backward and any(self._streams(student) for _, (student, _) in own)
         said = (sum(a.completion.num_sampled for a in attempts), len(attempts), len(own), streams)
         every = self.ranks.every(said)
@@ -105,13 +109,18 @@ class Scorer:
         with fast_gemms(device.type == "cpu" and onednn_keeps_float32()):
             student, teacher = (tree.to(device) for tree in both)
             part = _Part(self, pack, student, self._evidence(teacher), counts, totals)
+            offload = self.config.model.activation_offloading
             part.look_up()
             if backward and self._streams(student):
-                budget = self.config.model.max_pass_tokens
-                backward_in_parts(self.model, student, part, max_tokens=budget)
+                backward_in_parts(
+                    self.model, student, part, max_tokens=self._budget, offload=offload
+                )
             else:
                 every = torch.arange(len(student.target_ids), device=device)
-                loss = inside(self.model, lambda: part(hidden_states(self.model, student), every))
+                loss = inside(
+                    self.model,
+                    lambda: part(hidden_states(self.model, student, offload=offload), every),
+                )
                 if backward:
                     loss.backward()  # type: ignore[no-untyped-call]
             for meeting in self.heads.left():  # others stream their packs in more parts
@@ -130,16 +139,24 @@ class Scorer:
         asked = [self.teacher] if self.config.loss.distillation_weight else []
         return asked + ([] if self.reference is None else [self.reference])
 
+    @property
+    def _budget(self) -> int:
+        """Tokens of a pass."""
+        device = next(self.model.parameters()).device
+        return self.config.model.pass_tokens(device.type)
+
     def _streams(self, tree: PrefixTree) -> bool:
         """Whether a pack is too large for a pass.
 
         Raises:
             InputError: it is, and the loss wants whole sequences.
         """
-        if tree.num_tokens <= self.config.model.max_pass_tokens:
+        if tree.num_tokens <= self._budget:
             return False
         if isinstance(self.loss_fn, GRPOLoss) and self.by_sequence():
-            loss, budget = self.config.loss, self.config.model.max_pass_tokens
+            loss, budget = self.config.loss, self.config.model.whole_tokens
+            if tree.num_tokens <= budget:
+                return False
             raise InputError(
                 f"a problem's attempts have {tree.num_tokens} tokens, more than "
                 f"max_pass_tokens = {budget}; with loss_type {loss.loss_type!r}, "
@@ -165,7 +182,11 @@ class Scorer:
         """What the loss is told of the teacher, for every target."""
         if not self.config.loss.distillation_weight:
             return None
-        return inside(self.teacher, lambda: self._told_by_teacher(tree))
+        with self.clock("teacher"):
+            told = inside(self.teacher, lambda: self._told_by_teacher(tree))
+            if tree.input_ids.is_cuda:  # its work is done when its time is
+                torch.cuda.synchronize(tree.input_ids.device)
+        return told
 
     def _told_by_teacher(self, tree: PrefixTree) -> TeacherHidden | TeacherTopK:
         hidden_TD, head = hidden_states(self.teacher, tree), self.heads.weights(self.teacher)
@@ -348,7 +369,8 @@ def token_logprobs(
         For each attempt the natural log-probabilities of its ids, 0 where the model did not write.
     """
     found: dict[int, tuple[list[float], list[float]]] = {}
-    for pack in packs(attempts, config.model.max_pass_tokens):
+    budget = config.model.pass_tokens(next(student.parameters()).device.type)
+    for pack in packs(attempts, budget):
         pairs = zip((student, teacher), trees(pack), strict=True)
         every = [_target_logprobs(model, tree, config, Heads()) for model, tree in pairs]
         start = 0

@@ -12,6 +12,7 @@ from fdfast.feedback import FeedbackProvider
 from fdfast.fused_layers import fuse_layers
 from fdfast.losses import FeedbackDistillationLoss, GRPOLoss
 from fdfast.models import HeadWeights, lm_head
+from fdfast.offloading import check_device
 from fdfast.teacher import EMATeacher
 from fdfast.trainer.checkpoint import TrainState, restore
 from fdfast.trainer.config import TrainConfig
@@ -34,6 +35,8 @@ def initial_state(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) ->
     with ranks.together():
         if config.model.dtype == "float16":
             raise InputError("dtype=float16 can't be trained without loss scaling; take bfloat16")
+        if config.model.activation_offloading:
+            check_device(ranks.device or torch.device("cpu"))
         model, tokenizer = load_student(
             config.model.model_name_or_path,
             dtype=config.model.dtype,
