@@ -19,7 +19,7 @@ from tests.gloo import run_ranks
 from tests.test_ranks import LEAN, TURNS, assert_same_run, launch
 from tests.test_trainer import settings
 from tests.tiny import save_tiny_model
-from tests.vocabulary_rank import CASES, NUM_RANKS, passes, tiny, tree_of
+from tests.vocabulary_rank import CASES, NUM_RANKS, SCORES, passes, scored, tiny, tree_of
 
 POLICY = LEAN | {"distillation_weight": 0.0, "beta": 0.1}
 WHOLE = {"max_pass_tokens": 2000}  # else a problem's attempts are streamed
@@ -76,6 +76,18 @@ def test_each_shard_gets_the_gradient_of_all_tokens(tied: bool, V: int) -> None:
             torch.testing.assert_close(
                 ours["gradients"][name], parameter.grad, rtol=0.0, atol=rtol * worst
             )
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_ranks_score_their_attempts_as_one_scores_all(name: str) -> None:
+    metrics, gradients = scored(name, None)
+    for seen in run_ranks("tests.vocabulary_rank", NUM_RANKS):
+        ours, own = seen[name]
+        assert ours == pytest.approx(metrics, rel=1e-6)
+        for key, expected in gradients.items():
+            worst = expected.abs().max().item()
+            assert worst > 1e-8
+            torch.testing.assert_close(own[key], expected, rtol=0.0, atol=1e-6 * worst)
 
 
 def test_a_head_of_its_own_is_a_shard_all_the_way_and_shards_may_be_uneven() -> None:

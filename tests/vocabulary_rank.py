@@ -1,7 +1,7 @@
-"""The ranks of test_vocabulary_parallel: two backward passes through a tiny model that `shard` cut,
-its head along the vocabulary, and the gradients that the shards have then.
+"""The ranks of test_vocabulary_parallel: backward passes through a tiny model that `shard` cut, its
+head along the vocabulary, and the gradients that the shards have then; by hand, and by a Scorer.
 
-`python -m tests.vocabulary_rank FOLDER` forks three ranks. Rank 1 has no sequence.
+`python -m tests.vocabulary_rank FOLDER` forks three ranks. Rank 1 has no sequence, and no attempt.
 Legend: V vocabulary.
 """
 
@@ -15,19 +15,37 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from fdfast.errors import InputError
 from fdfast.losses import FeedbackDistillationLoss
-from fdfast.models import hidden_states
+from fdfast.models import hidden_states, lm_head
 from fdfast.packing import PrefixTree
 from fdfast.topk_head import topk_head
+from fdfast.trainer.ranks import Ranks, TorchrunRanks
+from fdfast.trainer.scoring import Scorer
+from fdfast.trainer.setup import make_loss
 from fdfast.trainer.sharding import blank_tree, inside, release, shard, whole
 from fdfast.trainer.vocabulary_parallel import CutHeads, Heads
 from fdfast.types import TeacherTopK
 from tests.gloo import start_ranks
 from tests.helpers import generator
+from tests.test_trainer_stages import attempts_of, config_of
 
 NUM_RANKS = 3
 SEQUENCES = {0: 3, 1: 0, 2: 2}
 # Tied or not, with shards of one length, and with a last one that is shorter.
 CASES = [(tied, V) for tied in (True, False) for V in (96, 97)]
+
+# Of a Scorer: settings beside those of `config_of`. With use_vllm the attempts' log-probabilities
+# are corrected for (no vLLM is asked).
+POLICY: dict[str, Any] = {"beta": 0.2, "use_vllm": True}
+SCORES: dict[str, dict[str, Any]] = {
+    "distilled": {"distillation_weight": 1.0},
+    "distilled-topk": {"distillation_weight": 1.0, "teacher_top_k": 9, "entropy_coef": 0.1},
+    "tokens": POLICY | {"importance_sampling_mode": "token_truncate"},
+    "sequences": POLICY | {"importance_sampling_mode": "sequence_truncate"},
+    "gspo": POLICY | {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    "mix": POLICY | {"distillation_weight": 0.4, "loss_type": "sapo", "teacher_top_k": 9},
+    "streamed": {"beta": 0.2, "distillation_weight": 0.4, "max_pass_tokens": 16},
+    "streamed-topk": {"distillation_weight": 1.0, "teacher_top_k": 9, "max_pass_tokens": 16},
+}
 
 
 def tiny(V: int, *, tied: bool, seed: int = 0) -> Any:
@@ -99,8 +117,39 @@ def passes(student: Any, teacher: Any, tree: PrefixTree, heads: Heads) -> tuple[
     return total.detach(), cut
 
 
+class Member(TorchrunRanks):
+    """A rank of the group that is there, without torchrun."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.size, self.main = rank, dist.get_world_size(), rank == 0
+        self.device, self.talk = torch.device("cpu"), dist.group.WORLD
+        self.agreed, self.asked, self.alone = False, False, False
+
+
+def scored(name: str, rank: int | None) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Metrics and gradients of a Scorer, of one rank's attempts or, of None, of all."""
+    attempts, config = attempts_of(), config_of(**SCORES[name])
+    tied = len(name) % 2 == 0
+    models = [tiny(257, tied=tied, seed=seed) for seed in range(3)]
+    student, teacher, reference = models
+    ranks, heads = Ranks(), Heads()
+    if rank is not None:
+        attempts = [a for a in attempts if a.problem.name == "a-b"[rank]]
+        for model in models:
+            shard(model, torch.device("cpu"), keeps_head_cut=True)
+        ranks, heads = Member(rank), CutHeads(student)
+    for model in (teacher, reference):
+        model.requires_grad_(False)
+    asked = reference if config.loss.beta else None
+    loss_fn = make_loss(config, lm_head(student), heads.group)
+    metrics = Scorer(config, student, teacher, loss_fn, asked, ranks, heads).score(
+        attempts, backward=True
+    )
+    return metrics, {n: whole(p.grad) for n, p in student.named_parameters()}
+
+
 def one_rank(rank: int) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
+    seen: dict[str, Any] = {name: scored(name, rank) for name in SCORES}
     for tied, V in CASES:
         student, teacher = tiny(V, tied=tied), tiny(V, tied=tied, seed=1).requires_grad_(False)
         for model in (student, teacher):
