@@ -18,7 +18,7 @@ from fdfast.models import load_model
 from fdfast.rollout import HFEngine
 from fdfast.trainer import loop, train
 from fdfast.trainer.checkpoint import checkpoints
-from fdfast.trainer.metrics import Clock, stage_times
+from fdfast.trainer.metrics import Clock, read_jsonl, stage_times
 from fdfast.trainer.pipeline import Batch, OnDemand, Pipeline
 from fdfast.trainer.ranks import Ranks
 from fdfast.trainer.rollouts import Rollouts, check_for_ranks
@@ -71,6 +71,42 @@ def test_with_no_staleness_the_pipeline_is_the_loop_without_it(tiny, tmp_path, j
     ]
     weights = [load_model(tmp_path / name / "model")[0].state_dict() for name in ("plain", "ahead")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"teacher.kind": "live", "dtype": "bfloat16"},
+        {"teacher.kind": "frozen", "weight_decay": 0.1},
+        {"teacher.kind": "periodic", "use_peft": True, "lora.r": 4, "lora.dropout": 0.3},
+        {"use_peft": True, "lora.r": 4, "dtype": "bfloat16", "gradient_checkpointing": True},
+    ],
+    ids=lambda values: " ".join(map(str, values.values())),
+)
+def test_what_samples_ahead_is_the_student(tiny, tmp_path, monkeypatch, values):
+    """Made to wait for each update, the copy's attempts are those of the student itself."""
+
+    def waiting(sample, tell, **options):
+        return Pipeline(sample, tell, **(options | {"max_staleness": 0}))
+
+    monkeypatch.setattr(loop, "Pipeline", waiting)
+    # Both with the library that a pipeline on a CPU takes: another rounds otherwise.
+    values = values | {"float32_matmul_precision": "medium"}
+    values |= {"learning_rate": 3e-2, "eval_num_prompts": 2, "eval_steps": 2, "eval_split": ""}
+    runs = [
+        train(settings(tiny, tmp_path / name, max_staleness=staleness, **values), quiet=True)
+        for name, staleness in (("alone", 0), ("ahead", 1))
+    ]
+    wrote = [
+        [(row["step"], row["ids"]) for row in read_jsonl(tmp_path / name / "attempts.jsonl")]
+        for name in ("alone", "ahead")
+    ]
+    assert wrote[0] == wrote[1]
+    first = [ids for step, ids in wrote[0] if step == 1]
+    assert first != [ids for step, ids in wrote[0] if step == 4], "it learns something"
+    for name in ("loss", "kl", "grad_norm", "eval_loss"):
+        seen = [[row[name] for row in rows if name in row] for rows in runs]
+        assert seen[0] == pytest.approx(seen[1], rel=1e-4), name
 
 
 @pytest.mark.parametrize("max_staleness", [1, 2])
