@@ -313,6 +313,24 @@ def test_marks_in_a_text_are_never_filled_in(tiny, tmp_path):
     assert "c {prompt} \0 d" in said
 
 
+def test_an_evaluation_has_no_dropout(tiny, tmp_path, monkeypatch):
+    score, seen = Scorer.score, []
+
+    def twice(self, attempts, *, backward):
+        found = score(self, attempts, backward=backward)
+        if not backward:
+            again = score(self, attempts, backward=False)
+            seen.append((found["loss"], again["loss"]))
+        return found
+
+    monkeypatch.setattr(Scorer, "score", twice)
+    values = {"eval_num_prompts": 2, "eval_steps": 1, "eval_split": "", "learning_rate": 3e-2}
+    lora = {"use_peft": True, "lora.r": 4, "lora.dropout": 0.5}
+    train(settings(tiny, tmp_path, max_steps=2, **values, **lora), quiet=True)
+    assert len(seen) == 3
+    assert all(first == again for first, again in seen), seen
+
+
 def test_a_narrow_students_gradient_is_of_its_own_step_alone(tiny, tmp_path):
     """At a rate of nothing, the same questions step after step give gradients of one size."""
     values = {"dtype": "bfloat16", "learning_rate": 1e-12, "max_steps": 6, "prompts_per_step": 9}

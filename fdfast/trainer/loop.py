@@ -306,6 +306,7 @@ def _evaluate(run: _Run, scorer: Scorer) -> None:
         Clock(),
         feedback=scorer.config.loss.distillation_weight > 0,
     )
+    run.state.model.eval()  # a step's gradient left it with its dropout on
     with torch.no_grad():
         metrics = scorer.score(told(attempts), backward=False) | counts
     shared = _of_all_ranks(run, attempts)
