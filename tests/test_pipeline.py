@@ -71,6 +71,7 @@ def test_with_no_staleness_the_pipeline_is_the_loop_without_it(tiny, tmp_path, j
     ]
     weights = [load_model(tmp_path / name / "model")[0].state_dict() for name in ("plain", "ahead")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert all("time/wait" in row for row in ahead), "the batches came from threads"
 
 
 @pytest.mark.parametrize(
@@ -142,6 +143,7 @@ def test_a_batch_is_from_the_weights_of_the_step_that_it_names(
     assert lags[0] == 0
     assert all(0 <= lag <= max_staleness for lag in lags)
     assert max(lags) > 0
+    assert len(set(seen.values())) == len(rows) + 1, "each step has weights of its own"
     assert sampled == [seen[step - lag] for step, lag in enumerate(lags)]
 
 
@@ -181,7 +183,10 @@ def test_no_more_batches_wait_than_the_staleness_allows():
         for step in range(4):
             batches.take(step)
             time.sleep(0.05)
-            assert max(made) <= step + 2
+            until = time.perf_counter() + 5.0
+            while max(made) < step + 2 and time.perf_counter() < until:
+                time.sleep(0.01)
+            assert made == [*range(step + 3)], "as many as may wait, and no more"
             batches.finished(step + 1)
 
 
@@ -230,11 +235,13 @@ def test_ctrl_c_ends_a_long_rollout_at_once(tiny, tmp_path):
         while not (tmp_path / "run" / "run.json").exists():
             time.sleep(0.1)
         time.sleep(1.0)
+        assert run.poll() is None
         start = time.perf_counter()
         run.send_signal(signal.SIGINT)
         said = run.communicate(timeout=60)[0].decode()
     assert time.perf_counter() - start < 10.0
-    assert run.returncode != 0
+    assert run.returncode == -signal.SIGINT, said
+    assert said.splitlines()[-1] == "KeyboardInterrupt", said
     assert "EndedError" not in said
 
 
