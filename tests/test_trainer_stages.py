@@ -1,7 +1,9 @@
 """GRPO in the trainer, alone, mixed and after distillation: gradients, stages, resume."""
 
 import dataclasses
+import gc
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from fdfast.lean import LeanPool, Verdict
 from fdfast.models import lm_head, load_model
 from fdfast.rollout import Trajectory
 from fdfast.teacher import EMATeacher
-from fdfast.trainer import PRESETS, scoring, train
+from fdfast.trainer import PRESETS, loop, scoring, setup, train
 from fdfast.trainer.batch import Attempt
 from fdfast.trainer.config_file import by_path, make_config
 from fdfast.trainer.metrics import read_jsonl
@@ -328,6 +330,28 @@ def test_grpo_alone_makes_no_copy_of_the_model(tiny, tmp_path, judged, monkeypat
     [(student, teacher)] = made
     for a, b in zip(student.parameters(), teacher.model.parameters(), strict=True):
         assert a is b
+
+
+def test_the_reference_of_a_stage_that_has_ended_takes_no_memory(
+    tiny, tmp_path, judged, monkeypatch
+):
+    load, update, loaded, held = setup.load_reference, loop.update, [], []
+
+    def loading(*args, **options):
+        reference = load(*args, **options)
+        loaded.append(weakref.ref(reference))
+        return reference
+
+    def updating(*args, **options):
+        gc.collect()
+        held.append(sum(reference() is not None for reference in loaded))
+        return update(*args, **options)
+
+    monkeypatch.setattr(setup, "load_reference", loading)
+    monkeypatch.setattr(loop, "update", updating)
+    stage = Stage(max_steps=1, distillation_weight=0.0, num_generations=3, beta=0.1)
+    train(run_settings(tiny, tmp_path, stages=(stage, stage, stage)), quiet=True)
+    assert held == [1, 1, 1]
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
