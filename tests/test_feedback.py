@@ -47,7 +47,7 @@ def test_solution_feedback_is_the_known_proof_and_its_lack_is_an_error():
 def test_wrong_names_are_one_line():
     with pytest.raises(InputError, match="feedback must be one of constant, verifier, solution"):
         feedback_provider("magic")
-    with pytest.raises(InputError, match="wants feedback.text"):
+    with pytest.raises(InputError, match=r"wants feedback\.text"):
         feedback_provider("constant")
     with pytest.raises(InputError, match="wants Lean's verdict"):
         feedback_provider("verifier")(PROBLEM, "h", None)
