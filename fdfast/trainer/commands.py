@@ -162,7 +162,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _dry_run(arguments: argparse.Namespace) -> int:
-    from fdfast.trainer.dry_run import table, workloads
+    from fdfast.trainer.dry_run import not_modelled, table, workloads
     from fdfast.trainer.estimate import read_shape
 
     config = _load(arguments)
@@ -174,6 +174,8 @@ def _dry_run(arguments: argparse.Namespace) -> int:
     gpus = 1 if arguments.gpus is None else arguments.gpus
     shape = read_shape(config.model.model_name_or_path)
     print(table(shape, stages, gpu=arguments.gpu or "h100", gpus=gpus))
+    for line in not_modelled(config):
+        print(line)
     return 0
 
 

@@ -94,6 +94,12 @@ def distills(config: "TrainConfig") -> bool:
     return any(settings.loss.distillation_weight > 0 for settings in stage_configs(config))
 
 
+def samples_ahead(config: "TrainConfig") -> bool:
+    """Whether the trained model samples while it is trained, for which it needs a copy."""
+    elsewhere = config.rollout.use_vllm or config.ray.address
+    return config.rollout.max_staleness > 0 and not elsewhere
+
+
 def place(config: "TrainConfig", step: int) -> Place:
     """Where the step that follows `step` finished ones lies; past the end, in the last stage."""
     position = 0
