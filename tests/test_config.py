@@ -1,5 +1,6 @@
 """Settings: a YAML file, `key=value` words, and what a wrong one is told."""
 
+import dataclasses
 import re
 
 import pytest
@@ -8,7 +9,9 @@ from fdfast.cli import main
 from fdfast.errors import InputError
 from fdfast.trainer import PRESETS, TrainConfig, load_config
 from fdfast.trainer.config_file import make_config
+from fdfast.trainer.describe import documentation
 from fdfast.trainer.settings import flat, path_of
+from fdfast.trainer.stages import Stage
 
 
 def test_the_defaults_are_the_papers():
@@ -152,6 +155,11 @@ def test_a_group_may_be_a_word_over_the_preset_and_under_later_words():
     assert (loss.beta, loss.epsilon, loss.distillation_weight) == (0.25, 0.3, 0.0)
 
 
+def test_the_stages_line_names_each_of_a_stages_settings():
+    said = documentation(TrainConfig())["stages"]
+    assert all(field.name in said for field in dataclasses.fields(Stage))
+
+
 def test_a_stages_settings_may_stand_in_groups_as_the_runs_do():
     plain = load_config(None, ["stages=[{max_steps: 2, beta: 0.5, learning_rate: 1.0e-3}]"])
     named = "{optim: {max_steps: 2, learning_rate: 1.0e-3}, loss.beta: 0.5}"
@@ -179,6 +187,15 @@ def test_what_config_show_prints_is_the_config_again(preset, tmp_path, capsys):
         above = re.split(rf"\n *{name}:", part)[0].rsplit("\n", 1)[-1].strip()
         assert above.startswith("# "), path
         assert len(above) > 5
+
+
+def test_config_show_speaks_yaml_of_none_and_of_nothing(capsys):
+    assert main(["config", "show"]) == 0
+    shown = capsys.readouterr().out
+    assert "upper clip range; null: epsilon." in shown
+    assert "[] for metrics.jsonl alone" in shown
+    assert "None" not in shown
+    assert "()" not in shown
 
 
 def test_config_show_takes_settings_and_refuses_what_is_none(capsys):
