@@ -49,10 +49,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = _arguments(_parser(), argv)
         return int(arguments.run(arguments))
     finally:
         sys.stdout.flush()  # here, so that a closed pipe is met where it is caught
+
+
+def _arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """As parse_args; key=value words may stand after an option too, where argparse knows none."""
+    arguments, left = parser.parse_known_args(argv)
+    words = getattr(arguments, "settings", None)
+    if left and (words is None or any(w.startswith("-") or "=" not in w for w in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if words is not None:
+        words.extend(left)
+    return arguments
 
 
 def _reader_has_gone() -> bool:

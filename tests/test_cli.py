@@ -32,6 +32,10 @@ def run(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str
         (["lean", "check"], "the following arguments are required: FILE"),
         (["frobnicate"], "invalid choice: 'frobnicate'"),
         (["train", "--fast"], "unrecognized arguments: --fast"),
+        (["train", "seed=1", "--resume", "fast"], "unrecognized arguments: fast"),
+        (["config", "show", "seed=1", "--preset", "lab"], "unrecognized arguments: --preset lab"),
+        (["config", "show", "fast"], "invalid choice: 'fast' (choose from 'fd_paper', "),
+        (["train", "seed=1", "--resume", "max_step=3"], "unknown key 'max_step'"),
         (["train", "max_step=3"], "unknown key 'max_step'; did you mean 'max_steps'?"),
         (["train", "--config", "none.yaml"], "none.yaml: no such config file"),
         (["train", "dataset=none.jsonl"], "none.jsonl: cannot be read"),
@@ -55,6 +59,17 @@ def test_bad_input_is_one_line_and_status_two(words, line, tmp_path, monkeypatch
     assert line in captured.err
     assert captured.err.count("\n") == 1
     assert not (tmp_path / "runs").exists(), "a run that never began left a folder"
+
+
+def test_settings_may_stand_before_and_after_options(capsys):
+    words = ["config", "show", "grpo_paper", "seed=1", "beta=0.5", "--set", "r=4", "seed=3"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "\nseed: 3\n" in shown
+    assert main(["config", "show", "seed=5"]) == 0, "the preset may be left out"
+    assert "\nseed: 5\n" in capsys.readouterr().out
+    assert "  beta: 0.5\n" in shown
+    assert "  r: 4\n" in shown
 
 
 def test_the_version_is_the_packages():

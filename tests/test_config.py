@@ -1,5 +1,6 @@
 """Settings: a YAML file, `key=value` words, and what a wrong one is told."""
 
+import dataclasses
 import re
 
 import pytest
@@ -8,7 +9,9 @@ from fdfast.cli import main
 from fdfast.errors import InputError
 from fdfast.trainer import PRESETS, TrainConfig, load_config
 from fdfast.trainer.config_file import make_config
+from fdfast.trainer.describe import documentation
 from fdfast.trainer.settings import flat, path_of
+from fdfast.trainer.stages import Stage
 
 
 def test_the_defaults_are_the_papers():
@@ -109,6 +112,15 @@ def test_a_demo_run_can_be_resumed(name):
             r"prompt_template or prompt.completion_prefix must contain \{prompt\}",
         ),
         (["fast"], "'fast' is no setting; write key=value"),
+        (["feedback=llm"], "command line: feedback is a group .*; did you mean feedback.source"),
+        (["loss=1"], r"^command line: loss is a group .*, \.\.\.\); got 1$"),
+        (["beta=true"], "command line: loss.beta: must be a number; got True"),
+        (["report_to=wandb"], r"report_to: must be a list, \[wandb\] say; got 'wandb'"),
+        (["stages=[{max_steps: 0}]"], "^config: stage 1: optim.max_steps must be at least 1"),
+        (["stages=[{max_steps: 2, model.beta: 0.1}]"], "stages: unknown key 'model.beta'"),
+        (["stages=[{max_steps: 2, beta: 1, loss: {beta: 1}}]"], "stages: beta is given twice"),
+        (["stages=[{max_steps: 2, temperature: 1}]"], "rollout.temperature is the run's, not a "),
+        (["stages=[{max_steps: 2}]", "max_steps=3"], "optim.max_steps would be ignored"),
     ],
 )
 def test_a_wrong_setting_is_one_line(words, line):
@@ -124,6 +136,9 @@ def test_a_wrong_file_is_one_line(tmp_path):
     for text, line in (
         ("a: [1", r"bad\.yaml: is no YAML"),
         ("- 1\n", r"bad\.yaml: must hold `key: value` lines"),
+        ("loss: {tail: bucket}\nloss: {beta: 0}\n", r"bad\.yaml:2: loss is given twice; drop one"),
+        ("stages:\n- beta: 0\n  beta: 1\n", r"bad\.yaml:3: beta is given twice; drop one"),
+        ("beta: 0\nloss: {beta: 1}\n", r"bad\.yaml: loss.beta is given twice; drop one"),
         ("max_step: 3\n", r"bad\.yaml: unknown key 'max_step'; did you mean 'max_steps'?"),
     ):
         path.write_text(text)
@@ -132,6 +147,23 @@ def test_a_wrong_file_is_one_line(tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="preset must be one of"):
         load_config(None, [], preset="fast")
+
+
+def test_a_group_may_be_a_word_over_the_preset_and_under_later_words():
+    words = ["loss={beta: 0.5, epsilon: 0.3}", "beta=0.25"]
+    loss = load_config(None, words, preset="grpo_paper").loss
+    assert (loss.beta, loss.epsilon, loss.distillation_weight) == (0.25, 0.3, 0.0)
+
+
+def test_the_stages_line_names_each_of_a_stages_settings():
+    said = documentation(TrainConfig())["stages"]
+    assert all(field.name in said for field in dataclasses.fields(Stage))
+
+
+def test_a_stages_settings_may_stand_in_groups_as_the_runs_do():
+    plain = load_config(None, ["stages=[{max_steps: 2, beta: 0.5, learning_rate: 1.0e-3}]"])
+    named = "{optim: {max_steps: 2, learning_rate: 1.0e-3}, loss.beta: 0.5}"
+    assert load_config(None, [f"stages=[{named}]"]) == plain
 
 
 def test_a_settings_value_is_never_taken_for_another_type():
@@ -155,6 +187,15 @@ def test_what_config_show_prints_is_the_config_again(preset, tmp_path, capsys):
         above = re.split(rf"\n *{name}:", part)[0].rsplit("\n", 1)[-1].strip()
         assert above.startswith("# "), path
         assert len(above) > 5
+
+
+def test_config_show_speaks_yaml_of_none_and_of_nothing(capsys):
+    assert main(["config", "show"]) == 0
+    shown = capsys.readouterr().out
+    assert "upper clip range; null: epsilon." in shown
+    assert "[] for metrics.jsonl alone" in shown
+    assert "None" not in shown
+    assert "()" not in shown
 
 
 def test_config_show_takes_settings_and_refuses_what_is_none(capsys):

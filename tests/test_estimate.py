@@ -13,7 +13,8 @@ from transformers import Qwen3Config, Qwen3MoeConfig
 
 from fdfast.errors import InputError, MachineError
 from fdfast.models import load_model
-from fdfast.trainer.dry_run import advice, table
+from fdfast.trainer import load_config
+from fdfast.trainer.dry_run import advice, not_modelled, table, workloads
 from fdfast.trainer.estimate import (
     GIB,
     MEMORY_GIB,
@@ -204,6 +205,51 @@ def test_states_are_shared_out_and_each_setting_does_what_it_says():
     assert memory(feedback="self").seconds["feedback"] > 0
     narrower = memory(use_vllm=False)
     assert narrower.memory_bytes["KV cache of rollouts"] == 16 * 8642 * 2 * 1024 * 36 * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "bytes_of"),
+    [
+        ([], {"teacher": 2, "teacher master": 4}),
+        (["teacher.kind=frozen"], {"teacher": 2}),
+        (["teacher.kind=periodic"], {"teacher": 2}),
+        (["teacher.alpha=1"], {"teacher": 2}),
+        (["teacher.kind=live"], {}),
+        (["teacher.master_device=cpu"], {"teacher": 2}),
+        (["dtype=float32"], {"teacher": 4}),
+        (["dtype=float32", "scoring_dtype=bfloat16"], {"teacher": 2, "teacher master": 4}),
+        (["distillation_weight=0"], {}),
+        (["max_staleness=1"], {"teacher": 2, "teacher master": 4, "copy to sample from": 2}),
+        (["max_staleness=1", "use_vllm=true"], {"teacher": 2, "teacher master": 4}),
+    ],
+)
+def test_the_settings_of_teacher_and_sampling_are_in_the_memory(words, bytes_of):
+    """As EMATeacher and initial_state keep them: test_teacher.py has the former."""
+    shape = shape_of(QWEN3_8B)
+    config = load_config(None, ["dtype=bfloat16", *words])
+    found = estimate(shape, workloads(config)[0][1], gpu="h200").memory_bytes
+    parts = ("teacher", "teacher master", "copy to sample from")
+    assert {n: found[n] / shape.num_parameters for n in parts if n in found} == bytes_of
+
+
+def test_the_copy_that_samples_is_there_during_the_update_too():
+    """Of sharded weights it is whole on every GPU, for as long as the run is."""
+    shape, work = shape_of(QWEN3_8B), replace(PAPER, use_vllm=False)
+    found = estimate(shape, work, gpu="h200", gpus=8)
+    rest = replace(PAPER, vllm_enable_sleep_mode=True)
+    without = estimate(shape, rest, gpu="h200", gpus=8)
+    assert found.update_bytes - without.update_bytes == 2 * shape.num_parameters
+    huge = replace(shape, num_parameters=80 * 10**9)
+    said = advice(huge, work, estimate(huge, work, gpu="h200", gpus=64), gpu="h200", gpus=64)
+    assert said.endswith("the copy that samples is too much for one GPU: set use_vllm=true")
+
+
+def test_what_the_numbers_leave_out_is_said():
+    assert not_modelled(load_config(None, [])) == []
+    words = ["use_peft=true", "max_staleness=1", "ray.address=auto", "feedback.source=self"]
+    said = not_modelled(load_config(None, words))
+    assert len(said) == 4
+    assert all(line.startswith("NOT modelled: ") for line in said)
 
 
 def test_what_does_not_fit_is_told_what_to_lower_and_then_fits():

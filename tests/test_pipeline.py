@@ -204,6 +204,20 @@ def test_idle_shares_are_of_the_learners_time(monkeypatch):
     assert times["time/idle/update"] == pytest.approx(0.5, abs=0.01)
 
 
+def test_a_steps_update_is_the_passes_and_the_optimizer(tiny, tmp_path, monkeypatch, capsys):
+    update = loop.update
+
+    def slow(*args, **options):
+        time.sleep(1.0)
+        return update(*args, **options)
+
+    monkeypatch.setattr(loop, "update", slow)
+    row = train(settings(tiny, tmp_path, max_steps=1, save_final_model=True))[0]
+    assert 1.0 < row["time/update"] <= row["time/step"]
+    assert row["time/idle/update"] == pytest.approx(1.0 - row["time/update"] / row["time/step"])
+    assert capsys.readouterr().out.endswith(f"saved {tmp_path / 'model'}\n")
+
+
 @pytest.mark.parametrize("stage", ["sampled", "with_feedback"])
 def test_a_stages_error_is_the_runs_and_what_was_done_is_saved(tiny, tmp_path, monkeypatch, stage):
     make, calls = getattr(Rollouts, stage), []

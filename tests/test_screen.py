@@ -11,7 +11,7 @@ ROW = {
     "step": 3, "stage": 1, "loss": 0.1234, "kl": 0.0567, "entropy": 1.5, "reward": 0.25,
     "completions/mean_length": 41.5, "completions/max_length": 64.0, "grad_norm": None,
     "learning_rate": 1e-5, "num_tokens": 12345, "time/rollout": 6.0, "time/update": 3.0,
-    "time/step": 10.0, "alarms": ["entropy"], "skipped": 0.0,
+    "time/step": 10.0, "time/idle/rollout": 0.4, "alarms": ["entropy"], "skipped": 0.0,
 }  # fmt: skip
 
 
@@ -43,6 +43,19 @@ def test_the_view_shows_the_step_its_numbers_its_time_and_its_alarms():
     rollout, update = (line for line in text.splitlines() if " s  " in line)
     assert rollout.startswith("rollout          6.00 s  60% ")
     assert rollout.count("\u2588") == 2 * update.count("\u2588")
+    assert "idle" not in text, "a share is no seconds"
+
+
+def test_the_time_that_is_left_is_told_of_steps_that_take_minutes():
+    now = [0.0]
+    screen = Screen("run", total=9, quiet=False, console=console(100))
+    screen.view.progress.get_time = lambda: now[0]
+    for step in range(4):
+        now[0] += 100.0
+        screen.at(step)
+    seen = Console(file=io.StringIO(), width=100, color_system=None, highlight=False)
+    seen.print(screen.view)
+    assert "3/9 0:10:00" in seen.file.getvalue()
 
 
 @pytest.mark.parametrize("width", [1, 10, 20, 33, 50, 80, 200])

@@ -17,7 +17,7 @@ from fdfast.models import hidden_states, load_model
 from fdfast.rollout import HFEngine
 from fdfast.trainer import TrainConfig, checkpoint, loop, train
 from fdfast.trainer.batch import Prompts, completion_tree
-from fdfast.trainer.checkpoint import checkpoints
+from fdfast.trainer.checkpoint import check_settings, checkpoints
 from fdfast.trainer.config_file import by_path, make_config
 from fdfast.trainer.metrics import MetricsLog, read_jsonl
 from fdfast.trainer.scoring import Scorer
@@ -280,6 +280,11 @@ def test_a_resume_under_other_settings_is_refused(tiny, tmp_path):
         InputError, match=r"other settings \(seed 0 -> 1; optim.weight_decay 0.0 -> 0.1\)"
     ):
         train(settings(tiny, tmp_path, seed=1, weight_decay=0.1), resume=True, quiet=True)
+    saved = tmp_path / "checkpoint-1" / "config.json"
+    flat = json.loads(saved.read_text()) | {"learning_rate": 1e-5}  # before settings had groups
+    saved.write_text(json.dumps(flat))
+    with pytest.raises(InputError, match=r"settings that this one has not \(learning_rate\)"):
+        check_settings(settings(tiny, tmp_path), saved.parent)
 
 
 def test_a_rate_that_ruins_the_weights_ends_the_run(tiny, tmp_path):

@@ -260,6 +260,13 @@ def check_settings(config: TrainConfig, checkpoint: Path) -> None:
     except (OSError, ValueError) as error:
         raise InputError(f"{checkpoint}/config.json: can't be read ({error})") from error
     now = plain(config)
+    if unknown := sorted(saved.keys() - now.keys()):
+        # Compared with defaults they would be called changed, or not be missed at all.
+        raise InputError(
+            f"{checkpoint}: was made by a version of fdfast with settings that this one has not "
+            f"({', '.join(unknown[:3])}); resume it with that one, or begin another output_dir "
+            "from its model"
+        )
     # A setting that is newer than the checkpoint had its default then.
     before = plain(TrainConfig()) | saved
     differ = [

@@ -53,6 +53,13 @@ class _Presets:
         return name in tuple(self)
 
 
+class _PresetsOrWords(_Presets):
+    """Of `config show`, whose PRESET may be left out before key=value words."""
+
+    def __contains__(self, name: object) -> bool:
+        return "=" in str(name) or super().__contains__(name)
+
+
 def register(subparsers: "argparse._SubParsersAction[Any]") -> None:
     """Add the commands."""
     train = subparsers.add_parser(
@@ -72,7 +79,9 @@ def register(subparsers: "argparse._SubParsersAction[Any]") -> None:
     show = config.add_parser(
         "show", help="every setting of a preset with its meaning, as YAML that --config reads"
     )
-    show.add_argument("preset", nargs="?", choices=_Presets(), metavar="PRESET", help="%(choices)s")
+    show.add_argument(
+        "preset", nargs="?", choices=_PresetsOrWords(), metavar="PRESET", help="%(choices)s"
+    )
     _add_words(show)
     show.set_defaults(run=_show_config)
 
@@ -153,7 +162,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _dry_run(arguments: argparse.Namespace) -> int:
-    from fdfast.trainer.dry_run import table, workloads
+    from fdfast.trainer.dry_run import not_modelled, table, workloads
     from fdfast.trainer.estimate import read_shape
 
     config = _load(arguments)
@@ -165,12 +174,17 @@ def _dry_run(arguments: argparse.Namespace) -> int:
     gpus = 1 if arguments.gpus is None else arguments.gpus
     shape = read_shape(config.model.model_name_or_path)
     print(table(shape, stages, gpu=arguments.gpu or "h100", gpus=gpus))
+    for line in not_modelled(config):
+        print(line)
     return 0
 
 
 def _show_config(arguments: argparse.Namespace) -> int:
     from fdfast.trainer.describe import describe
 
+    if arguments.preset is not None and "=" in arguments.preset:
+        arguments.settings.insert(0, arguments.preset)
+        arguments.preset = None
     print(describe(_load(arguments), preset=arguments.preset), end="")
     return 0
 

@@ -50,8 +50,10 @@ class TrainConfig(Settings):
         guards: alarms.
         checkpoint: what is kept of a run.
         logging: where the curves go, beside metrics.jsonl.
-        stages: stages of the run, in order, each with max_steps and whatever differs from the
-            settings here: distillation_weight, learning_rate, ... (stages.Stage); () for one.
+        stages: stages of the run, in order, each with max_steps, optimizer_state (reset, or keep
+            the one of the stage before) and those of these settings that differ in it:
+            distillation_weight, learning_rate, lr_scheduler_type, warmup_steps, prompts_per_step,
+            num_generations, beta, entropy_coef; () for one stage by the settings here.
     """
 
     output_dir: str = "runs/fd"

@@ -30,6 +30,10 @@ def make_config(
     """
     given = by_path(values, source)
     sources = sources or {}
+    for path, value in given.items():
+        if isinstance(value, bool) and paths(TrainConfig)[0][path] in _NUMBERS:
+            where = sources.get(path, source)  # pydantic would take it for 0 or 1
+            raise InputError(f"{where}: {path}: must be a number; got {value}")
     stages = given.get("stages")
     if isinstance(stages, list | tuple):
         place = f"{sources.get('stages', source)}: stages"
@@ -48,9 +52,10 @@ def make_config(
             raise InputError(str(first["ctx"]["error"])) from error
         loc = [str(part) for part in first["loc"]]
         where = sources.get(".".join(loc[:2]), sources.get(loc[0], source))
-        raise InputError(
-            f"{where}: {'.'.join(loc)}: {first['msg']}; got {first['input']!r}"
-        ) from error
+        got, said = first["input"], first["msg"]
+        if first["type"] == "tuple_type":
+            said = f"must be a list, [{'' if got is None else got}] say"
+        raise InputError(f"{where}: {'.'.join(loc)}: {said}; got {got!r}") from error
 
 
 def by_path(values: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -66,10 +71,7 @@ def by_path(values: Mapping[str, Any], place: str) -> dict[str, Any]:
         given = {path: value}
         if path in groups:
             if not isinstance(value, Mapping):
-                raise InputError(
-                    f"{place}: {path} is a group of settings ({path}.{_first(groups[path])}, ...); "
-                    f"got {value!r}"
-                )
+                raise InputError(f"{place}: {_no_group(path, groups[path], value)}")
             given = {path_of(f"{path}.{name}", TrainConfig, place): v for name, v in value.items()}
         if twice := sorted(found.keys() & given.keys()):
             raise InputError(f"{place}: {twice[0]} is given twice; drop one")
@@ -77,8 +79,14 @@ def by_path(values: Mapping[str, Any], place: str) -> dict[str, Any]:
     return found
 
 
-def _first(group: type) -> str:
-    return dataclasses.fields(group)[0].name
+def _no_group(path: str, group: type, value: Any) -> str:
+    """What is wrong with a group that is one value; a word may be meant for its first setting, as
+    in feedback=llm and model=demo.
+    """
+    first = dataclasses.fields(group)[0]
+    said = f"{path} is a group of settings ({path}.{first.name}, ...); got {value!r}"
+    meant = isinstance(value, str) and first.type is str
+    return f"{said}; did you mean {path}.{first.name}={value}?" if meant else said
 
 
 def _nested(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,14 +102,25 @@ def _nested(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _stage(values: Any, place: str) -> Any:
-    """A stage's settings by their last names, which are enough there.
+    """A stage's settings by its own names, from those that the whole tree has for them.
 
     Raises:
-        InputError: a key is none of a stage's.
+        InputError: a key is none of a stage's, or stands there twice.
     """
     if not isinstance(values, Mapping):
         return values
-    return {path_of(str(key).rsplit(".", 1)[-1], Stage, place): v for key, v in values.items()}
+    own = {f.name for f in dataclasses.fields(Stage)}
+    found = {key: value for key, value in values.items() if key in own}
+    for path, value in by_path({k: v for k, v in values.items() if k not in own}, place).items():
+        name = path.rsplit(".", 1)[-1]
+        if name not in own or path_of(name, TrainConfig, place) != path:
+            raise InputError(
+                f"{place}: {path} is the run's, not a stage's; a stage has {', '.join(sorted(own))}"
+            )
+        if name in found:
+            raise InputError(f"{place}: {name} is given twice; drop one")
+        found[name] = value
+    return found
 
 
 def load_config(
@@ -130,9 +149,17 @@ def load_config(
         if not equals:
             raise InputError(f"{word!r} is no setting; write key=value, learning_rate=2e-5, say")
         key = path_of(key, TrainConfig, "command line")
-        values[key] = text if key in _TEXTS else _yaml_value(key, text)
-        sources[key] = "command line"
-    return make_config(values, sources=sources)
+        value = text if key in _TEXTS else _yaml_value(key, text)
+        given = by_path({key: value}, "command line")
+        values |= given
+        sources |= dict.fromkeys(given, "command line")
+    config = make_config(values, sources=sources)
+    if config.stages and sources.get("optim.max_steps") == "command line":
+        raise InputError(
+            "command line: optim.max_steps would be ignored, each stage has its own; set "
+            f"stages=[{{max_steps: {config.optim.max_steps}, ...}}], or stages=[] for none"
+        )
+    return config
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -143,7 +170,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: config files need pyyaml ({error}); run: pip install 'fdfast[train]'"
         ) from error
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _refuse_repeated(yaml.compose(text, Loader=yaml.SafeLoader), path)
+        loaded = yaml.safe_load(text)
+    except InputError:  # a ValueError, as YAML's own are
+        raise
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such config file") from error
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
@@ -151,6 +182,28 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict | None):
         raise InputError(f"{path}: must hold `key: value` lines; got {type(loaded).__name__}")
     return loaded or {}
+
+
+def _refuse_repeated(node: Any, path: Path) -> None:
+    """YAML would take the last of two keys of one name, and with it drop a whole group.
+
+    Raises:
+        InputError: a mapping has a key twice.
+    """
+    import yaml
+
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_repeated(item, path)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: set[str] = set()
+    for key, value in node.value:
+        if isinstance(key.value, str) and key.value in seen:
+            line = key.start_mark.line + 1
+            raise InputError(f"{path}:{line}: {key.value} is given twice; drop one")
+        seen |= {key.value} if isinstance(key.value, str) else set()
+        _refuse_repeated(value, path)
 
 
 def _yaml_value(key: str, text: str) -> Any:
@@ -171,6 +224,7 @@ def _yaml_value(key: str, text: str) -> Any:
         raise InputError(f"command line: {key}: {text!r} is no YAML: {reason}") from error
 
 
+_NUMBERS = (int, float, float | None)
 _TEXTS = frozenset(
     path
     for path, kind in paths(TrainConfig)[0].items()

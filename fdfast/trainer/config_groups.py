@@ -31,7 +31,7 @@ class ModelSettings(Settings):
     Attributes:
         model_name_or_path: a folder, a hub name, or "demo" (SmolLM2-135M-Instruct).
         device: cpu or cuda; "" for a GPU where there is one. Under torchrun each rank has its own.
-        dtype: of the trained weights: float32, bfloat16, float16.
+        dtype: of the trained weights: float32 or bfloat16; float16 is for `fdfast rollout` alone.
         float32_matmul_precision: torch's: highest, high or medium. On CPUs without bfloat16 matrix
             units medium is as exact as highest and takes another library, twice as fast on AMD.
         max_pass_tokens: of one forward pass; None for 16384 on a GPU and 1024 on a CPU, whose
@@ -318,9 +318,11 @@ class LossSettings(Settings):
         beta: weight of the KL to the reference, the student as the stage found it; 0 for none.
         scale_rewards: what a group's advantages are divided by: group, batch or none.
         entropy_coef: weight of the entropy bonus.
-        grad_filter: see policy_head; None is exact.
-        workspace_mb: see policy_head.
-        backend: see policy_head.
+        grad_filter: the largest share of a token's gradient by the logits that the backward pass
+            may drop, 0.03 say; None is exact.
+        workspace_mb: MiB that logits may take at once.
+        backend: of the LM head's op: auto (triton on a GPU, else cpu), cpu, triton, or reference,
+            which is slow and stores all logits.
     """
 
     group = "loss."

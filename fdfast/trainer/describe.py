@@ -12,9 +12,14 @@ _FIELD = re.compile(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", re.MULTILINE)
 
 
 def documentation(settings: Settings) -> dict[str, str]:
-    """What each setting of a group is, in a line, from its class's own words."""
+    """What each setting of a group is, in a line, from its class's own words; values as YAML has
+    them, not Python.
+    """
     text = type(settings).__doc__ or ""
-    return {name: " ".join(said.split()) for name, said in _FIELD.findall(text)}
+    found = {name: " ".join(said.split()) for name, said in _FIELD.findall(text)}
+    return {
+        name: re.sub(r"\bNone\b", "null", said.replace("()", "[]")) for name, said in found.items()
+    }
 
 
 def describe(config: TrainConfig, *, preset: str | None = None) -> str:

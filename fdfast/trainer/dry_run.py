@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from fdfast.errors import InputError
 from fdfast.kernels.cost import BANDWIDTH_TB, TFLOPS
 from fdfast.trainer.config import TrainConfig
 from fdfast.trainer.estimate import (
     ASSUMED,
+    BYTES,
+    COPY,
     GIB,
     MEMORY_GIB,
     STATES,
@@ -16,7 +19,7 @@ from fdfast.trainer.estimate import (
     Workload,
     estimate,
 )
-from fdfast.trainer.stages import stage_configs
+from fdfast.trainer.stages import distills, samples_ahead, stage_configs
 
 
 def workloads(
@@ -51,7 +54,8 @@ def workloads(
             distillation_weight=weight,
             beta=stage.loss.beta,
             teacher_top_k=stage.loss.teacher_top_k,
-            teacher_copies=stage.teacher.alpha < 1,
+            **_teacher(stage, distills(config)),
+            samples_ahead=samples_ahead(config),
             gradient_checkpointing=stage.model.gradient_checkpointing,
             activation_offloading=stage.model.activation_offloading,
             workspace_mb=stage.loss.workspace_mb,
@@ -70,6 +74,34 @@ def workloads(
     return found
 
 
+def _teacher(stage: TrainConfig, asked: bool) -> dict[str, Any]:
+    """What EMATeacher keeps, where a stage of the run asks it."""
+    teacher = stage.teacher
+    moves = teacher.kind == "ema" and teacher.alpha < 1
+    return {
+        "teacher_weights": asked and teacher.kind != "live",
+        "teacher_dtype": teacher.scoring_dtype if asked else "",
+        "teacher_copies": asked and moves and teacher.master_device != "cpu",
+    }
+
+
+def not_modelled(config: TrainConfig) -> list[str]:
+    """What of the settings the numbers leave out, a line each."""
+    found = []
+    if config.lora.use_peft:
+        found.append("lora.use_peft: the numbers are of all weights trained; adapters take less")
+    feedback = config.feedback
+    if "self" in (feedback.source, feedback.on_failure) and feedback.self_model == "initial":
+        found.append("feedback.self_model: the initial model, which a moving teacher is not")
+    if config.ray.address:
+        found.append("ray.address: the numbers are of a learner that samples and checks itself")
+    if config.rollout.max_staleness:
+        found.append(
+            "rollout.max_staleness: stages go on at once, and the sum of their times is the most"
+        )
+    return [f"NOT modelled: {line}" for line in found]
+
+
 def advice(shape: ModelShape, work: Workload, found: Estimate, *, gpu: str, gpus: int) -> str:
     """Whether it fits, and if not what to lower, one line.
 
@@ -86,9 +118,12 @@ def advice(shape: ModelShape, work: Workload, found: Estimate, *, gpu: str, gpus
         return f"fits: {peak / GIB:.1f} of {room / GIB:.1f} GiB usable"
     over = f"does NOT fit: {peak / GIB:.1f} of {room / GIB:.1f} GiB usable"
     sharded = sum(memory.get(name, 0.0) for name in (*STATES, "gradients"))
-    if sharded + memory["head and its workspace"] >= room:
-        # A fifth is left for what is not sharded.
-        need = math.ceil(sharded * gpus / (0.8 * room))
+    copied = BYTES[work.dtype] * shape.num_parameters * (not work.use_vllm)  # of several GPUs
+    if sharded + memory.get(COPY, 0.0) + memory["head and its workspace"] >= room:
+        left = 0.8 * room - copied  # a fifth for the rest of what is not sharded
+        if left <= 0:
+            return f"{over}; the copy that samples is too much for one GPU: set use_vllm=true"
+        need = math.ceil(sharded * gpus / left)
         return f"{over}; weights and optimizer alone are too much: take {max(need, gpus + 1)} GPUs"
     if found.rollout_bytes > room:
         name = "vllm_gpu_memory_utilization" if work.use_vllm else "generation_batch_size"

@@ -67,7 +67,10 @@ class Workload:
         prompt_tokens: of a prompt.
         feedback_tokens: that the teacher's prompt has more.
         completion_tokens: of an attempt.
-        teacher_copies: whether the teacher has a float32 master beside what it scores with.
+        teacher_weights: whether the teacher has weights of its own.
+        teacher_dtype: of them; "" for the student's.
+        teacher_copies: whether it has a float32 master on the GPU, beside narrower weights.
+        samples_ahead: whether the trained model samples while it is trained, from a copy.
         feedback: the source.
     """
 
@@ -82,7 +85,10 @@ class Workload:
     distillation_weight: float = 1.0
     beta: float = 0.0
     teacher_top_k: int = 25
+    teacher_weights: bool = True
+    teacher_dtype: str = ""
     teacher_copies: bool = True
+    samples_ahead: bool = False
     gradient_checkpointing: bool = False
     activation_offloading: bool = False
     workspace_mb: float = 160.0
@@ -227,7 +233,7 @@ def estimate(shape: ModelShape, work: Workload, *, gpu: str, gpus: int = 1) -> E
     if gpus < 1:
         raise InputError(f"--gpus must be at least 1; got {gpus}")
     memory = _memory(shape, work, gpus) | _sampler_memory(shape, work, gpu, gpus)
-    held = sum(bytes_ for name, bytes_ in memory.items() if name in STATES)
+    held = sum(memory.get(name, 0.0) for name in (*STATES, COPY))
     sampler = sum(memory[name] for name in SAMPLER if name in memory)
     update = sum(memory[name] for name in UPDATE if name in memory)
     # What HF's engine samples with is gone before the update; vLLM's share stays unless it sleeps.
@@ -237,7 +243,8 @@ def estimate(shape: ModelShape, work: Workload, *, gpu: str, gpus: int = 1) -> E
 
 
 STATES = ("student", "master weights", "Adam", "teacher", "teacher master", "reference")
-SAMPLER = ("vLLM's share", "KV cache of rollouts", "weights gathered to sample")
+COPY = "copy to sample from"  # of the whole student, on each GPU and all the time
+SAMPLER = ("vLLM's share", "KV cache of rollouts")
 UPDATE = ("gradients", "activations", "head and its workspace", "teacher evidence")
 
 
@@ -245,6 +252,7 @@ def _memory(shape: ModelShape, work: Workload, gpus: int) -> dict[str, float]:
     """What the trainer holds on each GPU."""
     size, P = BYTES[work.dtype], shape.num_parameters / gpus
     narrow, distils = size < 4, work.distillation_weight > 0
+    scores = BYTES[work.teacher_dtype or work.dtype]
     tokens = work.max_pass_tokens
     evidence = 12 * work.teacher_top_k if work.teacher_top_k else size * shape.hidden
     head = 4 * shape.vocabulary * shape.hidden + work.workspace_mb * 2**20
@@ -258,8 +266,8 @@ def _memory(shape: ModelShape, work: Workload, gpus: int) -> dict[str, float]:
         "student": size * P,
         "master weights": 4 * P * narrow,
         "Adam": 8 * P,
-        "teacher": size * P,
-        "teacher master": 4 * P * (narrow and work.teacher_copies),
+        "teacher": scores * P * work.teacher_weights,
+        "teacher master": 4 * P * (scores < 4 and work.teacher_copies),
         "reference": size * P * (work.beta > 0 and work.distillation_weight < 1),
         "gradients": (size + 4 * narrow) * P,
         "activations": kept * tokens,
@@ -276,8 +284,8 @@ def _sampler_memory(shape: ModelShape, work: Workload, gpu: str, gpus: int) -> d
         return {"vLLM's share": share} if work.vllm_mode == "colocate" else {}
     length = work.prompt_tokens + work.completion_tokens
     found = {"KV cache of rollouts": _at_once(work, gpus) * length * _kv_bytes(shape, work)}
-    if gpus > 1:
-        found["weights gathered to sample"] = float(BYTES[work.dtype] * shape.num_parameters)
+    if gpus > 1 or work.samples_ahead:
+        found[COPY] = float(BYTES[work.dtype] * shape.num_parameters)
     return found
 
 

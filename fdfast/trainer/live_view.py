@@ -26,6 +26,7 @@ _CELLS = {
 _CELL_WIDTH = 20
 _BAR_WIDTH = 24
 _MAX_ALARMS = 3
+_DAY_S = 86400.0
 
 
 class LiveView:
@@ -47,6 +48,8 @@ class LiveView:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             console=console,
+            # Of so many seconds back: rich's 30 hold no two steps of a run whose steps are longer.
+            speed_estimate_period=_DAY_S,
         )
         self.task = self.progress.add_task(title, total=total)
         self.row: Mapping[str, Any] = {}
@@ -97,7 +100,9 @@ def _times(row: Mapping[str, Any], width: int) -> Iterator[Text]:
     stages = [
         (name.removeprefix("time/"), seconds)
         for name, seconds in row.items()
-        if name.startswith("time/") and name != "time/step" and seconds is not None
+        # What has a second slash is no seconds: time/idle/rollout is a share.
+        if name.startswith("time/") and name.count("/") == 1 and name != "time/step"
+        if seconds is not None
     ]
     if not total:
         return

@@ -157,7 +157,8 @@ def _train_and_save(run: "_Run") -> None:
     try:
         _train(run)
         if run.config.checkpoint.save_final_model:
-            save_final_model(state, folder, run.ranks)
+            path = save_final_model(state, folder, run.ranks)
+            run.screen.say(f"saved {path}")
         complete = True
     finally:
         saves = not complete and not state.changing and state.step > begun_at
@@ -224,7 +225,8 @@ def _train_on_batches(run: _Run, batches: Batches) -> None:
         with run.ranks.held():  # from here to the lines on disk all happens or nothing does
             state.num_tokens += int(metrics["num_tokens"])  # cumulative, as TRL counts
             factor = rate_factor(run.log.history, at.config)
-            metrics |= update(state, at, metrics["loss"], rate_factor=factor)
+            with clock("update"):
+                metrics |= update(state, at, metrics["loss"], rate_factor=factor)
             metrics["num_tokens"] = state.num_tokens
             metrics = run.ranks.from_main(
                 None

@@ -230,11 +230,10 @@ class Clock:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Time what runs within."""
-        start = time.perf_counter()
+        """Time what runs within, on top of what the stage took before."""
+        start, name = time.perf_counter(), f"time/{stage}"
         yield
-        spent = time.perf_counter() - start
-        self.spent[f"time/{stage}"] = self.spent.get(f"time/{stage}", 0.0) + spent
+        self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:
         """Seconds by stage, and of all since the clock was made."""

@@ -21,7 +21,7 @@ from fdfast.trainer.master import MasterWeights
 from fdfast.trainer.ranks import Ranks
 from fdfast.trainer.scoring import Scorer
 from fdfast.trainer.sharding import WholeCopy, shard
-from fdfast.trainer.stages import Place, distills
+from fdfast.trainer.stages import Place, distills, samples_ahead
 from fdfast.trainer.student import Adapters, keep_reference, load_reference, load_student
 from fdfast.trainer.vocabulary_parallel import heads_of
 
@@ -87,12 +87,6 @@ def initial_state(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) ->
     if checkpoint is not None:
         restore(state, checkpoint)
     return state
-
-
-def samples_ahead(config: TrainConfig) -> bool:
-    """Whether the trained model samples while it is trained, for which it needs a copy."""
-    elsewhere = config.rollout.use_vllm or config.ray.address
-    return config.rollout.max_staleness > 0 and not elsewhere
 
 
 def provider_of(config: TrainConfig, state: TrainState) -> FeedbackProvider | None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from fdfast.errors import InputError
 from fdfast.trainer.settings import path_of, replaced
 
 if TYPE_CHECKING:
@@ -59,10 +60,19 @@ class Place:
 
 
 def stage_configs(config: "TrainConfig") -> list["TrainConfig"]:
-    """The settings of each stage; a run without stages is one."""
-    return [replaced(config, {"stages": ()} | _own(stage, config)) for stage in config.stages] or [
-        config
-    ]
+    """The settings of each stage; a run without stages is one.
+
+    Raises:
+        InputError: a stage's settings break a rule.
+    """
+    found = []
+    for number, stage in enumerate(config.stages, 1):
+        try:
+            found.append(replaced(config, {"stages": ()} | _own(stage, config)))
+        except InputError as error:
+            said = str(error).removeprefix("config: ")
+            raise InputError(f"config: stage {number}: {said}") from error
+    return found or [config]
 
 
 def _own(stage: Stage, config: "TrainConfig") -> dict[str, Any]:
@@ -82,6 +92,12 @@ def total_steps(config: "TrainConfig") -> int:
 def distills(config: "TrainConfig") -> bool:
     """Whether a stage asks the teacher."""
     return any(settings.loss.distillation_weight > 0 for settings in stage_configs(config))
+
+
+def samples_ahead(config: "TrainConfig") -> bool:
+    """Whether the trained model samples while it is trained, for which it needs a copy."""
+    elsewhere = config.rollout.use_vllm or config.ray.address
+    return config.rollout.max_staleness > 0 and not elsewhere
 
 
 def place(config: "TrainConfig", step: int) -> Place:
