@@ -22,9 +22,9 @@ from fdfast.policy_head import policy_head
 from fdfast.rollout import HFEngine, SamplingOptions
 from fdfast.rollout.sampling import sample
 from fdfast.rollout.tool_turns import ToolTurns
-from fdfast.trainer.batch import Attempt, Prompts
+from fdfast.trainer.batch import Attempt, Prompts, packs, trees
 from fdfast.trainer.config_file import make_config
-from fdfast.trainer.scoring import Scorer, packs, trees
+from fdfast.trainer.scoring import Scorer
 from fdfast.types import TeacherHidden
 from tests.templates import CALLS, end_ids_of, tokenizer_of
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fdfast.data.problems import Problem
 from fdfast.models import load_model
-from fdfast.trainer.scoring import packs, trees
+from fdfast.trainer.batch import packs, trees
 from tests.test_trainer_stages import attempts_of, config_of, scored
 from tests.tiny import save_tiny_model
 

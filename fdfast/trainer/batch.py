@@ -12,7 +12,7 @@ from typing import Any
 from fdfast.data.problems import Problem
 from fdfast.errors import InputError
 from fdfast.feedback.prompts import teacher_template
-from fdfast.packing import PrefixTree
+from fdfast.packing import PrefixTree, fill_packs
 from fdfast.rollout import Trajectory
 from fdfast.rollout.plain_text import PlainText
 from fdfast.trainer.config import TrainConfig
@@ -142,3 +142,23 @@ def completion_tree(
     sequences = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
     masks = [[False] * len(p) + [*t] for p, t in zip(prompts, trained, strict=True)]
     return PrefixTree.from_sequences(sequences, masks)
+
+
+def trees(attempts: Sequence[Attempt]) -> tuple[PrefixTree, PrefixTree]:
+    """The student's and the teacher's, of the same attempts in the same order."""
+    completions = [a.completion.ids for a in attempts]
+    wrote = [a.completion.wrote for a in attempts]
+    return (
+        completion_tree([a.completion.prompt_ids for a in attempts], completions, wrote),
+        completion_tree([a.teacher_prompt_ids for a in attempts], completions, wrote),
+    )
+
+
+def packs(attempts: Sequence[Attempt], max_tokens: int) -> list[list[Attempt]]:
+    """The attempts of each pass; those at one problem stay together."""
+    groups: dict[str, list[Attempt]] = {}
+    for attempt in attempts:
+        groups.setdefault(attempt.problem.name, []).append(attempt)
+    members = list(groups.values())
+    sizes = [max(tree.num_tokens for tree in trees(group)) for group in members]
+    return [[a for group in pack for a in members[group]] for pack in fill_packs(sizes, max_tokens)]

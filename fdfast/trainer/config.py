@@ -4,22 +4,24 @@ from dataclasses import dataclass, field
 
 from fdfast.divergences import TABLE
 from fdfast.errors import InputError
-from fdfast.trainer.config_groups import (
-    CheckpointSettings,
+from fdfast.trainer.config_rollout import (
     DataSettings,
-    EvaluationSettings,
     FeedbackSettings,
-    GuardSettings,
     LeanSettings,
+    PromptSettings,
+    RaySettings,
+    RolloutSettings,
+    VLLMSettings,
+)
+from fdfast.trainer.config_training import (
+    CheckpointSettings,
+    EvaluationSettings,
+    GuardSettings,
     LoraSettings,
     LossSettings,
     ModelSettings,
     OptimSettings,
-    PromptSettings,
-    RaySettings,
-    RolloutSettings,
     TeacherSettings,
-    VLLMSettings,
 )
 from fdfast.trainer.feedback import check_feedback
 from fdfast.trainer.settings import Settings

@@ -15,7 +15,7 @@ import torch
 from fdfast.errors import InputError, MachineError
 from fdfast.kernels.cost import BANDWIDTH_TB, TFLOPS
 from fdfast.models import fetch_demo_model, import_transformers
-from fdfast.trainer.config_groups import GPU_PASS_TOKENS
+from fdfast.trainer.config_training import GPU_PASS_TOKENS
 
 # What torch finds free on an empty card; the vendor's 80, 80, 141 and 180 GB.
 MEMORY_GIB = {"a100": 78.0, "h100": 78.0, "h200": 139.0, "b200": 177.0}

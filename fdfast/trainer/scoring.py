@@ -18,11 +18,11 @@ from fdfast.cpu.gemm import fast_gemms, onednn_keeps_float32
 from fdfast.errors import InputError
 from fdfast.losses import FeedbackDistillationLoss, GRPOLoss, LossOutput
 from fdfast.models import hidden_states
-from fdfast.packing import PrefixTree, fill_packs
+from fdfast.packing import PrefixTree
 from fdfast.policy_head import policy_head
 from fdfast.streaming import backward_in_parts
 from fdfast.topk_head import topk_head
-from fdfast.trainer.batch import Attempt, completion_tree
+from fdfast.trainer.batch import Attempt, packs, trees
 from fdfast.trainer.config import TrainConfig
 from fdfast.trainer.metrics import Clock
 from fdfast.trainer.ranks import Ranks
@@ -331,26 +331,6 @@ def corrects_sampling(config: TrainConfig) -> bool:
     """
     differs = config.rollout.use_vllm or config.rollout.max_staleness > 0
     return differs and config.vllm.importance_sampling_correction
-
-
-def trees(attempts: Sequence[Attempt]) -> tuple[PrefixTree, PrefixTree]:
-    """The student's and the teacher's, of the same attempts in the same order."""
-    completions = [a.completion.ids for a in attempts]
-    wrote = [a.completion.wrote for a in attempts]
-    return (
-        completion_tree([a.completion.prompt_ids for a in attempts], completions, wrote),
-        completion_tree([a.teacher_prompt_ids for a in attempts], completions, wrote),
-    )
-
-
-def packs(attempts: Sequence[Attempt], max_tokens: int) -> list[list[Attempt]]:
-    """The attempts of each pass; those at one problem stay together."""
-    groups: dict[str, list[Attempt]] = {}
-    for attempt in attempts:
-        groups.setdefault(attempt.problem.name, []).append(attempt)
-    members = list(groups.values())
-    sizes = [max(tree.num_tokens for tree in trees(group)) for group in members]
-    return [[a for group in pack for a in members[group]] for pack in fill_packs(sizes, max_tokens)]
 
 
 @torch.no_grad()
