@@ -1,4 +1,4 @@
-"""`make gpu`: the tests of the kernels on a CUDA GPU, then the benchmark into results/<gpu>.csv.
+"""`make gpu`: the tests that compute on a CUDA GPU, then the benchmark into results/<gpu>.csv.
 
 Where there is no GPU it says so in one line, before anything is installed: only the standard
 library is imported here.
@@ -93,7 +93,9 @@ def unusable(python: str) -> str:
 
 def commands(python: str) -> list[Sequence[str]]:
     """Tests marked gpu, then the benchmark."""
-    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_kernels_*.py"))
+    patterns = ("tests/test_kernels_*.py", "tests/test_*_cuda.py")
+    found = [path for pattern in patterns for path in ROOT.glob(pattern)]
+    files = sorted(str(path.relative_to(ROOT)) for path in found)
     return [
         [python, "-m", "pytest", "-m", "gpu", *files],
         [python, "-m", "benchmarks.harness", "--device", "cuda"],

@@ -15,13 +15,14 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fdfast.cpu import fused_layers as cpu
+from fdfast.offloading import Offload
 
 # transformers' families whose RMSNorm and MLP are computed as below, no more and no less.
 _FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -67,14 +68,14 @@ def _known_classes() -> tuple[set[type], set[type]]:
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     x, weight, eps = hidden_states, self.weight, self.variance_epsilon
     y: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
-    _remember(y, lambda: _rms_norm(x.detach(), weight.detach(), eps))
+    _remember(y, functools.partial(_rms_norm, eps=eps), x, weight)
     return y
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Any:
     gate, up = self.gate_proj(x), self.up_proj(x)
     y: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
-    _remember(y, lambda: _swiglu(gate.detach(), up.detach()))
+    _remember(y, _swiglu, gate, up)
     return self.down_proj(y)
 
 
@@ -142,8 +143,13 @@ class _SwiGLU(torch.autograd.Function):
 class _Recipe:
     """Makes an output again, once for all who kept it."""
 
-    def __init__(self, output: Tensor, make: Callable[[], Tensor]) -> None:
+    def __init__(
+        self, output: Tensor, make: Callable[..., Tensor], inputs: tuple[Tensor, ...]
+    ) -> None:
         self.make = make
+        self.inputs = inputs
+        self.offload: Offload | None = None
+        self.kept: list[Any] | None = None  # the inputs, once somebody kept the output
         self.made: Tensor | None = None
         # Held while it may be asked for, so that no other tensor gets its address.
         self.output: Tensor | None = output
@@ -158,44 +164,71 @@ class _Recipe:
             and tensor.is_contiguous()
         )
 
+    def keep(self, offload: Offload | None) -> None:
+        """Keep the inputs, brought away where the pass brings away what it keeps."""
+        if self.kept is None:
+            self.offload = offload
+            self.kept = [i if offload is None else offload.pack(i) for i in self.inputs]
+            self.inputs = ()
+
+    def close(self) -> None:
+        """Nobody who does not keep the output now will."""
+        self.output, self.inputs = None, ()
+
     def tensor(self, shape: torch.Size) -> Tensor:
         """The output, in the shape in which it was kept."""
         if self.made is None:
+            assert self.kept is not None
+            offload = self.offload
             with torch.no_grad():
-                self.made = self.make()
+                inputs = [k if offload is None else offload.unpack(k) for k in self.kept]
+                self.made = self.make(*inputs)
+            self.kept = []
         return self.made.view(shape)
+
+
+class _Made(NamedTuple):
+    recipe: _Recipe
+    shape: torch.Size
 
 
 # Of the pass of this thread, if it has a `made_again` around it.
 _recent: ContextVar[deque[_Recipe] | None] = ContextVar("_recent", default=None)
 
 
-def _remember(output: Tensor, make: Callable[[], Tensor]) -> None:
+def _remember(output: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> None:
     recent = _recent.get()
     if recent is not None and output.is_contiguous():
         if len(recent) == _RECENT:
-            recent.popleft().output = None
-        recent.append(_Recipe(output.detach(), make))
+            recent.popleft().close()
+        recent.append(_Recipe(output.detach(), make, inputs))
 
 
 @contextlib.contextmanager
-def made_again() -> Iterator[None]:
+def made_again(offload: Offload | None = None) -> Iterator[None]:
     """Within a forward pass: what is kept of fused layers' outputs is how to make them.
 
     For a pass with a backward one. Not together with gradient checkpointing, which keeps less yet
     and whose own hooks would not see what these keep.
+
+    Args:
+        offload: brings away all else that is kept, with what the outputs are made of: torch asks
+            the innermost hooks alone, so others have to be asked from here.
     """
     recent: deque[_Recipe] = deque()
     before = _recent.set(recent)
 
-    def pack(tensor: Tensor) -> Tensor | tuple[_Recipe, torch.Size]:
+    def pack(tensor: Tensor) -> Any:
         for recipe in recent:
             if recipe.makes(tensor):
-                return recipe, tensor.shape
-        return tensor
+                recipe.keep(offload)
+                return _Made(recipe, tensor.shape)
+        return tensor if offload is None else offload.pack(tensor)
 
-    def unpack(kept: Tensor | tuple[_Recipe, torch.Size]) -> Tensor:
-        return kept if isinstance(kept, Tensor) else kept[0].tensor(kept[1])
+    def unpack(kept: Any) -> Tensor:
+        if isinstance(kept, _Made):
+            return kept.recipe.tensor(kept.shape)
+        return kept if offload is None else offload.unpack(kept)
 
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
@@ -203,4 +236,4 @@ def made_again() -> Iterator[None]:
     finally:
         _recent.reset(before)
         for recipe in recent:
-            recipe.output = None
+            recipe.close()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fdfast.errors import InputError
 from fdfast.fused_layers import made_again
+from fdfast.offloading import Copies, CudaCopies, Offload
 from fdfast.packing import PrefixTree
 from fdfast.prefix_attention import prefix_attention
 
@@ -37,12 +38,20 @@ class Pass:
         above: for each layer the keys and values, (K, A, E), of the A tokens before those of the
             pass, which are not computed here; empty: there are none.
         keeps: whether `kept` shall hold each layer's keys and values of the pass.
+        offload: whether what the backward pass needs lies on the CPU until then.
         kept: see `keeps`.
         num_calls: layers that asked.
     """
 
-    def __init__(self, tree: PrefixTree, backend: str = "auto", *, keeps: bool = False) -> None:
-        self.tree, self.backend, self.keeps = tree, backend, keeps
+    def __init__(
+        self,
+        tree: PrefixTree,
+        backend: str = "auto",
+        *,
+        keeps: bool = False,
+        offload: bool = False,
+    ) -> None:
+        self.tree, self.backend, self.keeps, self.offload = tree, backend, keeps, offload
         self.above: list[tuple[Tensor, Tensor]] = []
         self.kept: list[tuple[Tensor, Tensor]] = []
         self.num_calls = 0
@@ -58,15 +67,17 @@ def last_hidden(model: Any, run: Pass, input_ids: Tensor, position_ids: Tensor) 
         position_ids: (T,) int64.
 
     Raises:
-        InputError: the result would be wrong for this model.
+        InputError: the result would be wrong for this model, or nothing can be brought away from
+            its device.
     """
     base = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     config = base.config
     _refuse(model, config, position_ids)
     _register()
     checkpointing = getattr(base, "gradient_checkpointing", False)
-    again = torch.is_grad_enabled() and not checkpointing
-    with _attention(config), made_again() if again else contextlib.nullcontext():
+    offload = run.offload and torch.is_grad_enabled()
+    copies = CudaCopies(input_ids.device) if offload else None
+    with _attention(config), _kept_as(copies, checkpointing=checkpointing):
         output = base(
             input_ids=input_ids.unsqueeze(0),
             position_ids=position_ids.unsqueeze(0),
@@ -120,6 +131,21 @@ def _attention(config: Any) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
+
+
+@contextlib.contextmanager
+def _kept_as(copies: Copies | None, *, checkpointing: bool) -> Iterator[None]:
+    """How a pass keeps what its backward pass needs, if there is one."""
+    offload = None if copies is None else Offload(copies)
+    with contextlib.ExitStack() as stack:
+        if offload is not None:
+            stack.callback(offload.close)
+        if torch.is_grad_enabled() and not checkpointing:
+            stack.enter_context(made_again(offload))
+        elif offload is not None:  # what is left to keep: the layers' inputs
+            hooks = torch.autograd.graph.saved_tensors_hooks(offload.pack, offload.unpack)
+            stack.enter_context(hooks)
+        yield
 
 
 def _attend_in_backward(config: Any, _gradient: Tensor) -> None:

@@ -89,6 +89,24 @@ def load_model(name_or_path: str | Path, *, dtype: str = "float32") -> tuple[Any
     return model.eval(), tokenizer
 
 
+def find_device(name: str = "") -> torch.device:
+    """Where a model computes.
+
+    Args:
+        name: cpu or cuda; "" for a GPU where there is one.
+
+    Raises:
+        MachineError: cuda, and there is no GPU that this torch can use.
+    """
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise MachineError(
+            "device 'cuda': this torch finds no GPU (torch.cuda.is_available() is False); take "
+            "'cpu', or install a torch built for it"
+        )
+    return torch.device(name or ("cuda" if there else "cpu"))
+
+
 def _check_model_path(path: str) -> None:
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -194,7 +212,9 @@ def lm_head(model: Any) -> HeadWeights:
     return HeadWeights(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None))
 
 
-def hidden_states(model: Any, tree: PrefixTree, *, backend: str = "auto") -> Tensor:
+def hidden_states(
+    model: Any, tree: PrefixTree, *, backend: str = "auto", offload: bool = False
+) -> Tensor:
     """The last hidden states (M, D) that predict the tree's targets, in their order: what the LM
     head reads. Logits are not made. Differentiable, with and without gradient checkpointing.
 
@@ -205,12 +225,14 @@ def hidden_states(model: Any, tree: PrefixTree, *, backend: str = "auto") -> Ten
         model: a causal LM of transformers, peft's wrapper included.
         tree: M targets, on the model's device.
         backend: of `prefix_attention`.
+        offload: keep on the CPU what the backward pass needs, until it does: of a model on a GPU.
 
     Raises:
         InputError: the model's attention is none that a pack can go through: layers with a state
-            (linear attention), dropout, softcap or sinks in attention, a mask of its own.
+            (linear attention), dropout, softcap or sinks in attention, a mask of its own; or
+            `offload` is asked for and the model is not on a GPU.
     """
-    run = Pass(tree, backend)
+    run = Pass(tree, backend, offload=offload)
     hidden_TD = last_hidden(model, run, tree.input_ids, tree.position_ids)
     return hidden_TD.index_select(0, tree.logits_index)
 

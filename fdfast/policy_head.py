@@ -17,7 +17,7 @@ from fdfast import reference
 from fdfast.checks import check_head, check_ids, check_positive
 from fdfast.dispatch import backend_for
 from fdfast.divergences import TABLE, TAILS
-from fdfast.policy_head_group import VocabularySlice
+from fdfast.policy_head_group import VocabularySlice, check_group
 from fdfast.types import (
     DEFAULT_WORKSPACE_MB,
     Head,
@@ -237,7 +237,12 @@ def prepare(
     module = backend_for("policy_head", hidden, backend, dtype)
     V = len(weight)
     if group is not None:
-        _check_group(operation, hidden, backend, grad_filter)
+        check_group(operation, hidden, backend)
+        if grad_filter is not None:
+            raise ValueError(
+                f"{operation}: grad_filter with group is not supported yet; got {grad_filter}; "
+                "take None"
+            )
         ranks = VocabularySlice.find(operation, group, V, len(hidden_MD), len(targets_N))
         options, V = replace(options, vocabulary_slice=ranks), ranks.vocabulary
     check_ids(operation, "targets", targets_N, V)
@@ -255,19 +260,6 @@ def prepare(
         shape=shape,
         dropped_M=hidden.new_zeros(len(hidden_MD), dtype=dtype),
     )
-
-
-def _check_group(operation: str, hidden: Tensor, backend: str, grad_filter: float | None) -> None:
-    if hidden.device.type != "cpu" or backend not in ("auto", "cpu"):
-        raise ValueError(
-            f"{operation}: group wants backend='cpu' and tensors on the CPU; got {backend!r} on "
-            f"{hidden.device}"
-        )
-    if grad_filter is not None:
-        raise ValueError(
-            f"{operation}: grad_filter with group is not supported yet; got {grad_filter}; take "
-            "None"
-        )
 
 
 def _options(

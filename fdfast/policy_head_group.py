@@ -1,5 +1,5 @@
-"""`group=` of `policy_head`: the columns of the vocabulary this rank holds, and what the ranks say
-to each other.
+"""`group=` of `policy_head` and `topk_head`: the columns of the vocabulary this rank holds, and
+what the ranks say to each other.
 
 Legend: M tokens, N trained tokens, V this rank's columns, W ranks.
 """
@@ -59,6 +59,19 @@ class VocabularySlice:
     def least(self, number: int) -> int:
         """The smallest of the ranks' numbers."""
         return int(_gathered(torch.tensor([number]), self.group).min())
+
+
+def check_group(operation: str, hidden: Tensor, backend: str) -> None:
+    """The CPU backend alone knows of groups.
+
+    Raises:
+        ValueError: another was asked for, or the tensors lie elsewhere.
+    """
+    if hidden.device.type != "cpu" or backend not in ("auto", "cpu"):
+        raise ValueError(
+            f"{operation}: group wants backend='cpu' and tensors on the CPU; got {backend!r} on "
+            f"{hidden.device}"
+        )
 
 
 def _gathered(tensor: Tensor, group: Any) -> Tensor:

@@ -23,7 +23,13 @@ PartLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def backward_in_parts(
-    model: Any, tree: PrefixTree, loss: PartLoss, *, max_tokens: int, backend: str = "auto"
+    model: Any,
+    tree: PrefixTree,
+    loss: PartLoss,
+    *,
+    max_tokens: int,
+    backend: str = "auto",
+    offload: bool = False,
 ) -> Tensor:
     """Add the gradient of a loss that is a sum over targets to the model's parameters.
 
@@ -33,6 +39,7 @@ def backward_in_parts(
         loss: called once for each part; the parts hold every target once, in no set order.
         max_tokens: that one forward pass computes; a node with more is a pass of its own.
         backend: of `prefix_attention`.
+        offload: see `models.hidden_states`.
 
     Returns:
         The sum of the losses, without a graph.
@@ -44,7 +51,7 @@ def backward_in_parts(
     """
     if max_tokens < 1:
         raise ValueError(f"backward_in_parts: max_tokens must be at least 1; got {max_tokens}")
-    stream = _Stream(model, tree, loss, max_tokens, backend)
+    stream = _Stream(model, tree, loss, max_tokens, backend, offload)
     stream.run(stream.children(-1), [])
     return stream.total
 
@@ -61,10 +68,16 @@ class _Stream:
     """One pass over a tree; a subtree is named by its first node."""
 
     def __init__(
-        self, model: Any, tree: PrefixTree, loss: PartLoss, max_tokens: int, backend: str
+        self,
+        model: Any,
+        tree: PrefixTree,
+        loss: PartLoss,
+        max_tokens: int,
+        backend: str,
+        offload: bool,
     ) -> None:
         self.model, self.tree, self.loss = model, tree, loss
-        self.max_tokens, self.backend = max_tokens, backend
+        self.max_tokens, self.backend, self.offload = max_tokens, backend, offload
         self.bounds: list[int] = tree.cu_seqlens.tolist()
         self.parents: list[int] = tree.parent.tolist()
         self.kv_end: list[int] = tree.kv_end.tolist()
@@ -83,7 +96,8 @@ class _Stream:
         for first, last in self._groups(siblings):
             start, end = self.bounds[first], self.end(last)
             if end - start <= self.max_tokens or not self.children(first):
-                hidden, rows = self._forward(start, end, above, Pass(self.tree, self.backend))
+                run = Pass(self.tree, self.backend, offload=self.offload)
+                hidden, rows = self._forward(start, end, above, run)
                 self._loss(hidden, rows).backward()  # type: ignore[no-untyped-call]
             else:
                 self._divide(first, above)
@@ -101,7 +115,7 @@ class _Stream:
     def _divide(self, node: int, above: list[_Above]) -> None:
         """The node's own tokens, what continues them, and the way back through the node."""
         start, stop = self.bounds[node], self.bounds[node + 1]
-        run = Pass(self.tree, self.backend, keeps=True)
+        run = Pass(self.tree, self.backend, keeps=True, offload=self.offload)
         hidden, rows = self._forward(start, stop, above, run)
         leaves = [
             (key.detach().requires_grad_(), value.detach().requires_grad_())

@@ -4,6 +4,7 @@ Legend: ... any leading shape (the same for all), N tokens, D hidden, V vocabula
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,7 +35,11 @@ class TeacherHidden:
 
     def rows(self, index: Tensor) -> "TeacherHidden":
         """The teacher of some of the tokens: of hidden[index]."""
-        return dataclasses.replace(self, hidden=self.hidden[index])
+        return self.each(lambda tensor: tensor[index])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "TeacherHidden":
+        """The teacher of change(hidden): of other tokens, or of the same in another shape."""
+        return dataclasses.replace(self, hidden=change(self.hidden))
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,11 @@ class TeacherTopK:
 
     def rows(self, index: Tensor) -> "TeacherTopK":
         """The teacher of some of the tokens: of ids[index]."""
-        return TeacherTopK(self.ids[index], self.logprobs[index])
+        return self.each(lambda tensor: tensor[index])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "TeacherTopK":
+        """The teacher of change(ids) and change(logprobs), as that of `TeacherHidden`."""
+        return TeacherTopK(change(self.ids), change(self.logprobs))
 
 
 class TopK(NamedTuple):

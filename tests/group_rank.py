@@ -6,21 +6,15 @@ Legend: V vocabulary, D hidden, K top-k.
 """
 
 import dataclasses
-import datetime
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing import start_processes
 
 from fdfast import TeacherHidden, TeacherTopK, policy_head, policy_head_loss
+from tests.gloo import start_ranks
 from tests.helpers import DIVERGENCES_AND_TEACHERS, F32, F64, Case, make_case, run
-
-TIMEOUT_S = 120
 
 # Where the vocabulary is cut, in shares of it: slices of unlike size.
 CUTS = {2: (0.0, 0.3, 1.0), 4: (0.0, 0.15, 0.17, 0.7, 1.0)}
@@ -161,23 +155,12 @@ def _outsider(group: Any) -> dict[str, Any]:
     return {}
 
 
-def one_rank(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'meeting'}",
-        rank=rank,
-        world_size=4,
-        timeout=datetime.timedelta(seconds=TIMEOUT_S),
-    )
+def one_rank(rank: int) -> dict[int, dict[str, Any]]:
     two = dist.new_group([0, 1])
     seen = {2: _seen(rank, 2, two) if rank < 2 else _outsider(two)}
     seen[4] = _seen(rank, 4, dist.group.WORLD)
-    torch.save(seen, folder / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return seen
 
 
 if __name__ == "__main__":
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    start_processes(one_rank, (Path(sys.argv[1]),), nprocs=4, start_method="fork")
+    start_ranks(one_rank, 4)

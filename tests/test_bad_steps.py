@@ -82,3 +82,10 @@ def test_the_newest_dumps_stay_and_zero_writes_none(tmp_path):
     said = dump(tmp_path, 12, weights(), loss=float("inf"), keep=0)
     assert said == "not finite: loss"
     assert len(bad_steps(tmp_path)) == 2
+
+
+def test_the_dumps_of_a_run_that_was_resumed_before_them_go(tmp_path):
+    for step in (3, 8, 9):
+        dump(tmp_path, step, weights(), keep=3)
+    dump(tmp_path, 5, weights(), keep=1)
+    assert [path.name for path in bad_steps(tmp_path)] == ["bad-step-5"]

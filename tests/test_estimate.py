@@ -191,6 +191,10 @@ def test_states_are_shared_out_and_each_setting_does_what_it_says():
     checked = memory(gradient_checkpointing=True)
     assert checked.memory_bytes["activations"] < 0.1 * whole.memory_bytes["activations"]
     assert checked.seconds["student"] > whole.seconds["student"]
+    away = memory(activation_offloading=True)
+    assert away.memory_bytes["activations"] == pytest.approx(
+        whole.memory_bytes["activations"] / QWEN3_8B.num_hidden_layers
+    )
     grpo = memory(distillation_weight=0.0, beta=0.001, num_generations=5)
     assert "reference" in grpo.memory_bytes
     assert "teacher" not in grpo.seconds

@@ -4,12 +4,6 @@ The ranks run once for all tests of a process: see group_rank.py.
 Legend: V vocabulary, D hidden.
 """
 
-import functools
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fdfast import policy_head_loss
+from tests.gloo import run_ranks
 from tests.group_rank import CASES, columns
 from tests.helpers import assert_right, run
 
@@ -24,30 +19,9 @@ WORLDS = (2, 4)
 SLICED = ("dweight", "dbias")
 
 
-@functools.cache
-def _run_ranks() -> tuple[str, list[dict[int, dict[str, Any]]]]:
-    """What went wrong, and what each of four ranks saw, by size of the group; run once, even if it
-    fails.
-    """
-    repository = Path(__file__).parents[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository)}
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["timeout", "240", sys.executable, "-m", "tests.group_rank", folder]
-        done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            return f"exit status {done.returncode}: {done.stderr}", []
-        return "", [torch.load(Path(folder, f"rank{rank}.pt")) for rank in range(4)]
-
-
-def _all_ranks() -> list[dict[int, dict[str, Any]]]:
-    wrong, seen = _run_ranks()
-    assert not wrong, wrong
-    return seen
-
-
 def ranks(world: int) -> list[dict[str, Any]]:
     """What each rank of a group saw, by case."""
-    return [seen[world] for seen in _all_ranks()[:world]]
+    return [seen[world] for seen in run_ranks("tests.group_rank", 4)[:world]]
 
 
 def whole(seen: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -118,5 +92,5 @@ def test_what_a_group_cannot_do_is_one_line_on_every_rank(world: int) -> None:
 
 
 def test_a_process_outside_the_group_is_told_so() -> None:
-    for seen in _all_ranks()[2:]:
+    for seen in run_ranks("tests.group_rank", 4)[2:]:
         assert "group must hold this process" in seen[2]["errors"]["outsider"]

@@ -135,6 +135,7 @@ def config():
             "feedback.source": "constant",
             "feedback.text": "Be concise.",
             "teacher_top_k": 0,
+            "max_pass_tokens": 16384,  # one pass
         }
     )
 

@@ -318,6 +318,40 @@ def test_marks_in_a_text_are_never_filled_in(tiny, tmp_path):
     assert "c {prompt} \0 d" in said
 
 
+def test_an_evaluation_has_no_dropout(tiny, tmp_path, monkeypatch):
+    score, seen = Scorer.score, []
+
+    def twice(self, attempts, *, backward):
+        found = score(self, attempts, backward=backward)
+        if not backward:
+            again = score(self, attempts, backward=False)
+            seen.append((found["loss"], again["loss"]))
+        return found
+
+    monkeypatch.setattr(Scorer, "score", twice)
+    values = {"eval_num_prompts": 2, "eval_steps": 1, "eval_split": "", "learning_rate": 3e-2}
+    lora = {"use_peft": True, "lora.r": 4, "lora.dropout": 0.5}
+    train(settings(tiny, tmp_path, max_steps=2, **values, **lora), quiet=True)
+    assert len(seen) == 3
+    assert all(first == again for first, again in seen), seen
+
+
+def test_a_narrow_students_gradient_is_of_its_own_step_alone(tiny, tmp_path):
+    """At a rate of nothing, the same questions step after step give gradients of one size."""
+    values = {"dtype": "bfloat16", "learning_rate": 1e-12, "max_steps": 6, "prompts_per_step": 9}
+    norms = [row["grad_norm"] for row in train(settings(tiny, tmp_path, **values), quiet=True)]
+    assert max(norms) < 1.5 * min(norms), norms
+
+
+def test_a_narrow_student_is_resumed_bit_for_bit(tiny, tmp_path):
+    values = {"dtype": "bfloat16", "save_steps": 2}
+    straight = train(settings(tiny, tmp_path / "straight", **values), quiet=True)
+    train(settings(tiny, tmp_path / "parts", max_steps=2, **values), quiet=True)
+    resumed = train(settings(tiny, tmp_path / "parts", **values), resume=True, quiet=True)
+    for name in ("loss", "grad_norm"):
+        assert [r[name] for r in resumed] == [r[name] for r in straight]
+
+
 def test_bfloat16_weights_move_as_float32_ones(tiny, tmp_path):
     """Without a float32 master a step of 1e-5 rounds to nothing in most weights."""
     moved = {}

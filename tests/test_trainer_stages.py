@@ -1,7 +1,9 @@
 """GRPO in the trainer, alone, mixed and after distillation: gradients, stages, resume."""
 
 import dataclasses
+import gc
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from fdfast.lean import LeanPool, Verdict
 from fdfast.models import lm_head, load_model
 from fdfast.rollout import Trajectory
 from fdfast.teacher import EMATeacher
-from fdfast.trainer import PRESETS, train
+from fdfast.trainer import PRESETS, loop, scoring, setup, train
 from fdfast.trainer.batch import Attempt
 from fdfast.trainer.config_file import by_path, make_config
 from fdfast.trainer.metrics import read_jsonl
@@ -137,6 +139,35 @@ def test_a_stream_of_parts_is_the_same_gradient_and_refused_for_whole_sequences(
         scored(model, config_of(max_pass_tokens=8, loss_type="grpo"), attempts_of())
 
 
+def test_a_pass_is_filled_by_the_device_where_nobody_says_how_far(tiny):
+    """And what must stay whole may be larger than that, up to what a GPU's pass holds."""
+    assert [config_of().model.pass_tokens(device) for device in ("cpu", "cuda")] == [1024, 16384]
+    own = config_of(max_pass_tokens=60).model
+    assert [own.pass_tokens(device) for device in ("cpu", "cuda")] == [60, 60]
+    model, _ = load_model(tiny)
+    attempts = []
+    for number in range(3):
+        ids = [40 + (7 * i + number) % 150 for i in range(400)]
+        seen = Trajectory(ids, [0.0] * 400, [True] * 400, "", "stop", prompt_ids=[50, 51])
+        attempts.append(Attempt(Problem("a", "a"), seen, [50, 51, 99], advantage=number - 1.0))
+    sizes = []
+    with pytest.MonkeyPatch.context() as patch:
+        kept = scoring.hidden_states
+
+        def noted(model, tree, **options):
+            sizes.append(tree.num_tokens)
+            return kept(model, tree, **options)
+
+        patch.setattr(scoring, "hidden_states", noted)
+        _, whole = scored(model, config_of(loss_type="grpo"), attempts)
+        assert sizes == [3 * 402]
+        _, divided = scored(model, config_of(loss_type="dapo"), attempts)
+        assert sizes == [3 * 402], "this one is streamed"
+    assert_same(divided, whole)  # of attempts that are equally long both losses are the same
+    with pytest.raises(InputError, match="have 1206 tokens, more than max_pass_tokens = 1024"):
+        scored(model, config_of(loss_type="grpo", max_pass_tokens=1024), attempts)
+
+
 def test_a_mix_is_the_sum_of_both_gradients(tiny):
     model, _ = load_model(tiny)
     attempts = attempts_of()
@@ -245,6 +276,7 @@ def test_distillation_then_grpo_in_one_run_and_resumed_bit_for_bit(
     assert [row["stage"] for row in rows] == [0, 0, 1, 1, 1]
     assert [row["learning_rate"] for row in rows] == [1e-3, 1e-3, 1e-4, 1e-4, 1e-4]
     assert [("time/feedback" in row) for row in rows] == [row["stage"] == 0 for row in rows]
+    assert [("time/teacher" in row) for row in rows] == [row["stage"] == 0 for row in rows]
     assert "teacher_mass" in rows[0]
     assert "clip_ratio/region_mean" in rows[2]
     assert rows[2]["kl"] == pytest.approx(0.0, abs=1e-6), "the reference is the student just then"
@@ -298,6 +330,28 @@ def test_grpo_alone_makes_no_copy_of_the_model(tiny, tmp_path, judged, monkeypat
     [(student, teacher)] = made
     for a, b in zip(student.parameters(), teacher.model.parameters(), strict=True):
         assert a is b
+
+
+def test_the_reference_of_a_stage_that_has_ended_takes_no_memory(
+    tiny, tmp_path, judged, monkeypatch
+):
+    load, update, loaded, held = setup.load_reference, loop.update, [], []
+
+    def loading(*args, **options):
+        reference = load(*args, **options)
+        loaded.append(weakref.ref(reference))
+        return reference
+
+    def updating(*args, **options):
+        gc.collect()
+        held.append(sum(reference() is not None for reference in loaded))
+        return update(*args, **options)
+
+    monkeypatch.setattr(setup, "load_reference", loading)
+    monkeypatch.setattr(loop, "update", updating)
+    stage = Stage(max_steps=1, distillation_weight=0.0, num_generations=3, beta=0.1)
+    train(run_settings(tiny, tmp_path, stages=(stage, stage, stage)), quiet=True)
+    assert held == [1, 1, 1]
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])

@@ -51,7 +51,7 @@ def fill_sliced_statistics(
     facts_WFR = ranks.gather(torch.stack(facts))
 
     _merge_student(stats, facts_WFR[:, :5])
-    others_R2, _ = _merged_norm(facts_WFR[:, 5:7]) if facts_WFR.shape[1] > 5 else (None, None)
+    others_R2, _ = merged_norm(facts_WFR[:, 5:7]) if facts_WFR.shape[1] > 5 else (None, None)
     if teacher_RV is not None:
         assert others_R2 is not None
         stats.teacher_norm_N2.copy_(others_R2)
@@ -112,7 +112,7 @@ def _own_statistics(logits_RV: Tensor, options: HeadOptions) -> HeadStats:
     return own
 
 
-def _merged_norm(norms_W2R: Tensor) -> tuple[Tensor, Tensor]:
+def merged_norm(norms_W2R: Tensor) -> tuple[Tensor, Tensor]:
     """The norm over all ranks, (R, 2), and each rank's share of its sum, (W, R).
 
     A rank with nothing but -inf says {-inf, 0}, as csrc does, and adds nothing.
@@ -132,7 +132,7 @@ def _merge_student(stats: HeadStats, facts_W5R: Tensor) -> None:
     common max by max_w - max, and counts by the rank's share.
     """
     max_WR, log_sum_WR, entropy_WR, argmax_WR, target_WR = facts_W5R.unbind(1)
-    norm_R2, share_WR = _merged_norm(facts_W5R[:, :2])
+    norm_R2, share_WR = merged_norm(facts_W5R[:, :2])
     max_R, log_sum_R = norm_R2.unbind(1)
     weighted_WR = (log_sum_WR - entropy_WR) + (max_WR - max_R)
     weighted_R = torch.where(share_WR == 0, 0.0, share_WR * weighted_WR).sum(0)

@@ -27,6 +27,7 @@ from fdfast.feedback.prompts import Message, ask_again, feedback_messages
 from fdfast.feedback.rules import broken_rule
 from fdfast.files import cache_dir
 from fdfast.http_calls import LoopThread
+from fdfast.interrupts import result_of
 
 
 class LLMFeedback:
@@ -67,7 +68,7 @@ class LLMFeedback:
             MachineError: the cache can't be used.
         """
         with self._one_call, LoopThread("feedback") as loop:
-            return loop.submit(self._all(items)).result()
+            return result_of(loop.submit(self._all(items)))
 
     async def _all(self, items: Sequence[FeedbackItem]) -> list[str | None]:
         groups: dict[str, list[int]] = {}  # equal attempts are asked about once

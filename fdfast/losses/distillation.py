@@ -4,6 +4,8 @@ feedback in its prompt.
 Legend: ... any leading shape, D hidden, V vocabulary, K top-k.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,8 @@ class FeedbackDistillationLoss(torch.nn.Module):
         grad_filter: see `policy_head`.
         workspace_mb: see `policy_head`.
         backend: see `policy_head`.
+        group: see `policy_head`: weight, bias and the teacher's are then this rank's rows, all else
+            is the same on every rank, and so are the loss and its metrics.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class FeedbackDistillationLoss(torch.nn.Module):
         grad_filter: float | None = None,
         workspace_mb: float = DEFAULT_WORKSPACE_MB,
         backend: str = "auto",
+        group: Any = None,
     ) -> None:
         super().__init__()
         if entropy_coef < 0:
@@ -56,6 +61,7 @@ class FeedbackDistillationLoss(torch.nn.Module):
         self.divergence, self.alpha, self.tail = divergence, alpha, tail
         self.temperature, self.logit_softcap = temperature, logit_softcap
         self.grad_filter, self.workspace_mb, self.backend = grad_filter, workspace_mb, backend
+        self.group = group
 
     def forward(
         self,
@@ -117,6 +123,7 @@ class FeedbackDistillationLoss(torch.nn.Module):
             grad_filter=self.grad_filter,
             workspace_mb=self.workspace_mb,
             backend=self.backend,
+            group=self.group,
         )
         metrics = {
             "loss": loss.detach(),

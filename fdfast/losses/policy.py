@@ -4,6 +4,8 @@ option names and conventions.
 Legend: B sequences, L positions, D hidden, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,8 @@ class GRPOLoss(torch.nn.Module):
         grad_filter: see `policy_head`.
         workspace_mb: see `policy_head`.
         backend: see `policy_head`.
+        group: see `policy_head`: weight, bias and the teacher's are then this rank's rows, all else
+            is the same on every rank, and so are the loss and its metrics.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class GRPOLoss(torch.nn.Module):
         grad_filter: float | None = None,
         workspace_mb: float = DEFAULT_WORKSPACE_MB,
         backend: str = "auto",
+        group: Any = None,
     ) -> None:
         super().__init__()
         for name, value, known in (
@@ -119,6 +124,7 @@ class GRPOLoss(torch.nn.Module):
         self.is_clip_min = vllm_importance_sampling_clip_min
         self.temperature, self.logit_softcap = temperature, logit_softcap
         self.grad_filter, self.workspace_mb, self.backend = grad_filter, workspace_mb, backend
+        self.group = group
 
     def forward(
         self,
@@ -207,6 +213,7 @@ class GRPOLoss(torch.nn.Module):
             "grad_filter": self.grad_filter,
             "workspace_mb": self.workspace_mb,
             "backend": self.backend,
+            "group": self.group,
         }
         if self._each_token_alone(tokens):
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fdfast.errors import InputError
+from fdfast.interrupts import go_on
 from fdfast.rollout.kv_cache import KVCache, forward
 from fdfast.rollout.sampling import sample
 from fdfast.rollout.trajectory import SamplingOptions, Trajectory
@@ -148,6 +149,7 @@ class _Batch:
         queue = list(enumerate(prompts))[::-1]
         back: list[_Row] = []
         while queue or back or self.rows or self.waiting:
+            go_on()
             # Whoever waits keeps its cache, so there is a limit to them.
             may_begin = bool(queue) and len(self.waiting) < 4 * self.engine.batch_size
             back += self._returned(idle=not (self.rows or back or may_begin))

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from fdfast.data.problems import Problem, fenced, proof_text, spoken
+from fdfast.interrupts import result_of
 from fdfast.lean import LeanPool, Verdict
 from fdfast.lean.submission import Submission, read_submission
 from fdfast.rollout.trajectory import ToolSource, Trajectory
@@ -85,7 +86,7 @@ class Judge:
         future = self.verdicts.get(number)
         if future is None:
             return trajectory
-        verdict, (proof, context) = future.result()
+        verdict, (proof, context) = result_of(future)
         proof = f"{context}\n\n{proof}" if context else proof
         return dataclasses.replace(trajectory, verdict=verdict, proof=proof)
 

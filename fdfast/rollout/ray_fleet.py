@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from fdfast.data.problems import Problem
 from fdfast.errors import InputError, MachineError
+from fdfast.interrupts import patience
 from fdfast.rollout.ray_actor import ActorSettings, RolloutActor
 from fdfast.rollout.ray_cluster import join_cluster, num_that_fit
 from fdfast.rollout.ray_units import Unit, unit_sizes
@@ -265,7 +266,8 @@ class RayFleet:
             MachineError: no actor is left, or none comes.
         """
         errors = self.ray.exceptions
-        done, _ = self.ray.wait([*self._calls], num_returns=1, timeout=self._patience(until))
+        wait_s = patience(self._patience(until))
+        done, _ = self.ray.wait([*self._calls], num_returns=1, timeout=wait_s)
         for ref in done:
             call = self._calls.pop(ref)
             try:

@@ -5,11 +5,12 @@ Every engine samples the turns in its own way; what lies between them is here, o
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from fdfast.interrupts import wait_for as wait
 from fdfast.rollout.tool_calls import Call
 from fdfast.rollout.tool_turns import ToolTurns
 from fdfast.rollout.trajectory import End, SamplingOptions, ToolCall, Tools, Trajectory

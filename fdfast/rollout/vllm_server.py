@@ -20,7 +20,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from fdfast import http_calls
 from fdfast.checks import check_positive
 from fdfast.errors import InputError, MachineError
 from fdfast.http_calls import LoopThread
+from fdfast.interrupts import result_of, wait_for
 from fdfast.models import free_bytes
 from fdfast.rollout.trajectory import SamplingOptions, Trajectory
 from fdfast.rollout.turns import Draft, MakeTools, OnEnd, Turns
@@ -146,10 +147,10 @@ class VLLMServerEngine:
         """
         wanted = logprobs_mode_for(options)
         with self._connected() as (loop, client):
-            loop.submit(client.ready()).result()
+            result_of(loop.submit(client.ready()))
             check_prompts(prompts, client.max_model_len)
             if wanted:
-                check_logprobs_mode(options, loop.submit(client.logprobs_mode()).result())
+                check_logprobs_mode(options, result_of(loop.submit(client.logprobs_mode())))
             with (
                 Turns(
                     self.tokenizer,
@@ -188,13 +189,13 @@ class VLLMServerEngine:
         if before is not None:
             shutil.rmtree(before.folder, ignore_errors=True)
         with self._connected() as (loop, client):
-            loop.submit(client.ready()).result()
+            result_of(loop.submit(client.ready()))
 
     def sleep(self) -> None:
         """Have the server give memory back until `update_weights` or `generate`, if it may."""
         if self.settings.may_sleep:
             with self._connected() as (loop, client):
-                loop.submit(client.fall_asleep()).result()
+                result_of(loop.submit(client.fall_asleep()))
 
     def close(self) -> None:
         """Remove the weights that were written; the server is left as it is."""
@@ -270,7 +271,7 @@ class _Requests:
     def finished(self, turns: Turns) -> list[tuple[Draft, Sampled]]:
         """See `Sampler`."""
         futures: list[Future[Any]] = [*self.running, *turns.waiting]
-        wait(futures, return_when=FIRST_COMPLETED)
+        wait_for(futures, return_when=FIRST_COMPLETED)
         ended = [future for future in self.running if future.done()]
         return [(self.running.pop(future), future.result()) for future in ended]
 

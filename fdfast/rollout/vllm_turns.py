@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from fdfast.errors import InputError
+from fdfast.interrupts import go_on
 from fdfast.rollout.trajectory import SamplingOptions, Trajectory
 from fdfast.rollout.turns import Draft, Turns
 
@@ -155,6 +156,7 @@ def run_turns(
     queue = list(enumerate(prompts))[::-1]
     back: list[Draft] = []
     while queue or back or turns.waiting or sampler.num_running():
+        go_on()
         # Whoever waits holds tools (folders, processes), so there is a limit to them.
         may_begin = bool(queue) and len(turns.waiting) < 4 * max_running
         idle = not (back or may_begin or sampler.num_running())

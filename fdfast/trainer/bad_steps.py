@@ -32,7 +32,8 @@ def dump_bad_step(
     keep: int,
     writes: bool = True,
 ) -> str:
-    """Write `folder/bad-step-<step>` and drop the oldest over `keep`.
+    """Write `folder/bad-step-<step>` and drop the oldest over `keep`, and those of later steps,
+    which a resumed run does again.
 
     Args:
         folder: of the run.
@@ -78,7 +79,9 @@ def dump_bad_step(
         with (temporary / "attempts.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (temporary / "step.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
-    for old in bad_steps(folder)[:-keep]:
+    every = bad_steps(folder)
+    later = every.index(path) + 1
+    for old in [*every[later:], *every[:later][:-keep]]:
         shutil.rmtree(old)
     return f"{said}; its batch is in {path}: fdfast show {path}"
 

@@ -294,7 +294,7 @@ def restore(state: TrainState, path: Path) -> None:
             load_sharded(path / SHARDS, state.teacher, state.master, state.optimizer)
             saved = json.loads((path / "counts.json").read_text(encoding="utf-8"))
         else:
-            saved = torch.load(path / "state.pt", weights_only=True)
+            saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
             if state.sharded:
                 saved = cut_like(saved, state.teacher, state.master)
             state.optimizer.load_state_dict(saved["optimizer"])

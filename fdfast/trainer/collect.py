@@ -10,7 +10,7 @@ from typing import Any
 from fdfast.data.problems import Problem
 from fdfast.errors import InputError
 from fdfast.interrupts import sigterm_as_interrupt
-from fdfast.models import load_model
+from fdfast.models import find_device, load_model
 from fdfast.rollout.records import Record, RecordWriter, make_record
 from fdfast.trainer.batch import Attempt, Prompts
 from fdfast.trainer.config import TrainConfig
@@ -79,6 +79,7 @@ def collect(
         raise InputError(f"{lines}: holds attempts already; name another --output, or remove it")
     if feedback:
         check_key(config)
+    device = find_device(config.model.device)
     problems = read_split(config, config.data.dataset_split)[:limit]
     with ExitStack() as stack:
         stack.enter_context(sigterm_as_interrupt())
@@ -89,6 +90,7 @@ def collect(
         lean = stack.enter_context(lean_pool(config))
         screen.say(f"loading {config.model.model_name_or_path}")
         model, tokenizer = load_model(config.model.model_name_or_path, dtype=config.model.dtype)
+        model.to(device)
         prompts = Prompts(tokenizer, config, schemas(config))
         check_problems(problems, prompts, lean)
         provider = make_provider(config, model, tokenizer, is_initial=True) if feedback else None

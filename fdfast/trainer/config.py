@@ -106,6 +106,16 @@ class TrainConfig(Settings):
                 f"loss.distillation_temperature {loss.distillation_temperature} and "
                 f"rollout.temperature {temperature}"
             )
+        if self.model.vocabulary_parallel and loss.backend not in ("auto", "cpu"):
+            raise InputError(
+                "config: model.vocabulary_parallel wants loss.backend 'auto' or 'cpu'; got "
+                f"{loss.backend!r}"
+            )
+        if self.model.vocabulary_parallel and loss.grad_filter is not None:
+            raise InputError(
+                "config: model.vocabulary_parallel wants loss.grad_filter=null; got "
+                f"{loss.grad_filter}"
+            )
         if loss.loss_type == "cispo" and loss.epsilon_high is None:
             raise InputError(
                 "config: loss.loss_type 'cispo' wants loss.epsilon_high, the cap of the ratio "

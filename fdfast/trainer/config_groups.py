@@ -17,6 +17,12 @@ from fdfast.trainer.settings import (
 )
 from fdfast.types import DEFAULT_WORKSPACE_MB
 
+GPU_PASS_TOKENS = 16384
+# FD step of SmolLM2-135M, 16 attempts of 128 + 128 tokens, float32, one thread of an AMD EPYC; CPU
+# seconds of scoring and memory beside models and optimizer, medians of 3: 512 tokens 32.3 s, 1.04
+# GiB; 1024 28.3 s, 1.60 GiB; 2048 30.4 s, 2.66 GiB; 4096 30.4 s, 3.73 GiB.
+CPU_PASS_TOKENS = 1024
+
 
 @dataclass(frozen=True)
 class ModelSettings(Settings):
@@ -24,21 +30,41 @@ class ModelSettings(Settings):
 
     Attributes:
         model_name_or_path: a folder, a hub name, or "demo" (SmolLM2-135M-Instruct).
+        device: cpu or cuda; "" for a GPU where there is one. Under torchrun each rank has its own.
         dtype: of the trained weights: float32 or bfloat16; float16 is for `fdfast rollout` alone.
         float32_matmul_precision: torch's: highest, high or medium. On CPUs without bfloat16 matrix
             units medium is as exact as highest and takes another library, twice as fast on AMD.
-        max_pass_tokens: of one forward pass. Attempts are packed, with what they share once, into
-            as few passes as this allows; a problem whose attempts are more is streamed.
+        max_pass_tokens: of one forward pass; None for 16384 on a GPU and 1024 on a CPU, whose
+            passes of more take more memory and no less time. Attempts are packed, with what they
+            share once, into as few passes as this allows; a problem whose attempts are more is
+            streamed, or refused where the loss wants them whole (under None: beyond 16384).
         gradient_checkpointing: trade time for memory in the student's layers.
+        vocabulary_parallel: on several ranks (CPUs) each computes the loss of all ranks' tokens
+            with its own rows of the LM head, which no rank gathers; a head that is the embedding
+            too is still gathered for that. On one rank it changes nothing.
+        activation_offloading: keep on the CPU what the student's backward pass needs until it does,
+            of a model on a GPU; with gradient_checkpointing that is the layers' inputs alone.
     """
 
     group = "model."
 
     model_name_or_path: str = "demo"
+    device: Literal["", "cpu", "cuda"] = ""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    max_pass_tokens: int = at_least_one(16384)
+    max_pass_tokens: int | None = within(None, lambda tokens: tokens >= 1, "[1, inf)")
     gradient_checkpointing: bool = False
+    vocabulary_parallel: bool = False
+    activation_offloading: bool = False
+
+    def pass_tokens(self, device: str) -> int:
+        """What a pass is filled up to on a kind of device, cuda or cpu."""
+        return self.max_pass_tokens or (CPU_PASS_TOKENS if device == "cpu" else GPU_PASS_TOKENS)
+
+    @property
+    def whole_tokens(self) -> int:
+        """What a pass may hold where it can't be divided."""
+        return self.max_pass_tokens or GPU_PASS_TOKENS
 
 
 @dataclass(frozen=True)

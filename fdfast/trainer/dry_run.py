@@ -48,7 +48,7 @@ def workloads(
             prompt_tokens=prompt_tokens or stage.prompt.max_prompt_length,
             completion_tokens=completion_tokens or stage.rollout.max_completion_length,
             feedback_tokens=stage.feedback.max_feedback_length,
-            max_pass_tokens=stage.model.max_pass_tokens,
+            max_pass_tokens=stage.model.pass_tokens("cuda"),
             generation_batch_size=stage.rollout.generation_batch_size,
             dtype=stage.model.dtype,
             distillation_weight=weight,
@@ -57,6 +57,7 @@ def workloads(
             **_teacher(stage, distills(config)),
             samples_ahead=samples_ahead(config),
             gradient_checkpointing=stage.model.gradient_checkpointing,
+            activation_offloading=stage.model.activation_offloading,
             workspace_mb=stage.loss.workspace_mb,
             use_vllm=stage.rollout.use_vllm,
             vllm_mode=stage.vllm.mode,
@@ -183,5 +184,6 @@ def _assumptions() -> str:
         f"{ASSUMED['bandwidth']:.0%} of the bandwidth; {ASSUMED['usable']:.0%} of the memory is "
         f"usable;\n{ASSUMED['lean_check_s']:g} s a check of Lean, {ASSUMED['llm_answer_s']:g} s an "
         "answer of an endpoint; every attempt has the tokens above; states are sharded over "
-        "GPUs.\nNot counted: communication, waiting for tools, the tail of rollouts."
+        "GPUs.\nNot counted: communication, what activation_offloading copies, waiting for tools, "
+        "the tail of rollouts."
     )

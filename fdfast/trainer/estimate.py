@@ -1,7 +1,8 @@
 """What a step takes on a GPU, memory and time of each stage, modelled.
 
 Arithmetic from counts; nothing is run and no weights are read. What is assumed stands in ASSUMED.
-Not counted: communication between GPUs, waiting for tools, the tail of rollouts.
+Not counted: communication between GPUs, what activation_offloading copies, waiting for tools, the
+tail of rollouts.
 Legend: P parameters, D hidden, V vocabulary, T tokens.
 """
 
@@ -14,6 +15,7 @@ import torch
 from fdfast.errors import InputError, MachineError
 from fdfast.kernels.cost import BANDWIDTH_TB, TFLOPS
 from fdfast.models import fetch_demo_model, import_transformers
+from fdfast.trainer.config_groups import GPU_PASS_TOKENS
 
 # What torch finds free on an empty card; the vendor's 80, 80, 141 and 180 GB.
 MEMORY_GIB = {"a100": 78.0, "h100": 78.0, "h200": 139.0, "b200": 177.0}
@@ -77,7 +79,7 @@ class Workload:
     prompt_tokens: int
     completion_tokens: int
     feedback_tokens: int = 1024
-    max_pass_tokens: int = 16384
+    max_pass_tokens: int = GPU_PASS_TOKENS
     generation_batch_size: int = 16
     dtype: str = "bfloat16"
     distillation_weight: float = 1.0
@@ -88,6 +90,7 @@ class Workload:
     teacher_copies: bool = True
     samples_ahead: bool = False
     gradient_checkpointing: bool = False
+    activation_offloading: bool = False
     workspace_mb: float = 160.0
     use_vllm: bool = False
     vllm_mode: str = "colocate"
@@ -194,7 +197,9 @@ def shape_of(config: Any, *, name: str = "model") -> ModelShape:
     )
 
 
-def activation_bytes(shape: ModelShape, dtype: str, *, checkpointing: bool = False) -> float:
+def activation_bytes(
+    shape: ModelShape, dtype: str, *, checkpointing: bool = False, offloading: bool = False
+) -> float:
     """Kept for the backward pass, for each token of a pass.
 
     A block keeps four tensors as wide as its MLP, queries, keys and values before and after the
@@ -203,6 +208,8 @@ def activation_bytes(shape: ModelShape, dtype: str, *, checkpointing: bool = Fal
     size, D = BYTES[dtype], shape.hidden
     attention = 2 * (shape.query + 2 * shape.key_value)
     block = size * (4 * shape.intermediate + attention + 4 * D) + 4 * (4 * D)
+    if offloading:  # what is needed next comes back early: about a block
+        return float(block)
     if checkpointing:
         return float(size * D * shape.num_layers + block)
     return float(block * shape.num_layers)
@@ -249,7 +256,12 @@ def _memory(shape: ModelShape, work: Workload, gpus: int) -> dict[str, float]:
     tokens = work.max_pass_tokens
     evidence = 12 * work.teacher_top_k if work.teacher_top_k else size * shape.hidden
     head = 4 * shape.vocabulary * shape.hidden + work.workspace_mb * 2**20
-    kept = activation_bytes(shape, work.dtype, checkpointing=work.gradient_checkpointing)
+    kept = activation_bytes(
+        shape,
+        work.dtype,
+        checkpointing=work.gradient_checkpointing,
+        offloading=work.activation_offloading,
+    )
     parts = {
         "student": size * P,
         "master weights": 4 * P * narrow,

@@ -120,7 +120,7 @@ def _provider(
     model = teacher
     if config.feedback.self_model == "initial" and not is_initial:
         model, _ = load_model(config.model.model_name_or_path, dtype=config.model.dtype)
-        model.requires_grad_(False)
+        model.requires_grad_(False).to(next(teacher.parameters()).device)
     return SelfFeedback(
         HFEngine(model, tokenizer, batch_size=config.rollout.generation_batch_size),
         tokenizer,

@@ -196,15 +196,16 @@ class _Run:
 def _train(run: _Run) -> None:
     """The loop."""
     config, state = run.config, run.state
-    scorer = make_scorer(state, at := place(config, state.step), run.ranks)
     ahead = config.rollout.max_staleness > 0 and next(state.model.parameters()).device.type == "cpu"
     # Which library multiplies is the process's: while some sample, the learner may not switch it.
     with fast_gemms(ahead and onednn_keeps_float32()), _batches(run) as batches:
-        _train_on_batches(run, batches, scorer, at)
+        _train_on_batches(run, batches)
 
 
-def _train_on_batches(run: _Run, batches: Batches, scorer: Scorer, at: Place) -> None:
+def _train_on_batches(run: _Run, batches: Batches) -> None:
     config, state = run.config, run.state
+    # Nobody else may hold a scorer: of a stage that has ended it is a reference model in memory.
+    scorer = make_scorer(state, at := place(config, state.step), run.ranks)
     while True:
         if _evaluation_due(run):
             _evaluate(run, scorer)
@@ -232,7 +233,7 @@ def _train_on_batches(run: _Run, batches: Batches, scorer: Scorer, at: Place) ->
                 if shared is None
                 else metrics
                 | summary(shared, at.config.rollout.num_generations)
-                | stage_times(batch.clock, clock)
+                | stage_times(batch.clock, scorer.clock, clock)
                 | {"stage": at.index}
             )
             heard = alarms(run.log.history, metrics, config)
@@ -307,6 +308,7 @@ def _evaluate(run: _Run, scorer: Scorer) -> None:
         Clock(),
         feedback=scorer.config.loss.distillation_weight > 0,
     )
+    run.state.model.eval()  # a step's gradient left it with its dropout on
     with torch.no_grad():
         metrics = scorer.score(told(attempts), backward=False) | counts
     shared = _of_all_ranks(run, attempts)

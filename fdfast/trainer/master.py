@@ -23,11 +23,14 @@ class MasterWeights:
         }
 
     def take_gradients(self) -> list[Tensor]:
-        """Hand the model's gradients to the masters; returns the masters that have one."""
+        """Hand the model's gradients to the masters; returns the masters that have one. A narrow
+        parameter gives its own away: the optimizer, which knows the masters alone, never clears it,
+        and the next step's would be added to it.
+        """
         for name, parameter in self.parameters.items():
             master = self.master[name]
             if master is not parameter and parameter.grad is not None:
-                master.grad = parameter.grad.float()
+                master.grad, parameter.grad = parameter.grad.float(), None
         return [m for m in self.master.values() if m.grad is not None]
 
     @torch.no_grad()

@@ -223,7 +223,7 @@ def records(
 
 
 class Clock:
-    """Seconds of each stage of a step."""
+    """Seconds of each stage of a step, added up."""
 
     def __init__(self) -> None:
         self.start, self.spent = time.perf_counter(), dict[str, float]()
@@ -240,15 +240,16 @@ class Clock:
         return {**self.spent, "time/step": time.perf_counter() - self.start}
 
 
-def stage_times(batch: Clock, learner: Clock) -> dict[str, float]:
+def stage_times(batch: Clock, scorer: Clock, learner: Clock) -> dict[str, float]:
     """Seconds of each stage of a step, and as time/idle/<stage> the share of time/step in which it
     was idle.
 
     Args:
         batch: of the stages that made the batch, maybe while an earlier one was trained on.
+        scorer: of the teacher's passes, a part of the update.
         learner: from its asking for the batch on.
     """
-    times = batch.spent | learner.metrics()
+    times = batch.spent | scorer.spent | learner.metrics()
     parts = {
         "rollout": ("weight_sync", "rollout", "verify"),
         "feedback": ("feedback",),

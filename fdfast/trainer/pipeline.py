@@ -8,7 +8,6 @@ sampled from weights that are as new as there are when it begins, and at most `m
 updates older than those that step n changes; 0 is the loop without a pipeline, bit for bit.
 """
 
-import ctypes
 import threading
 import time
 from collections import deque
@@ -16,8 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
+from fdfast.interrupts import EndedError, ends_with, uninterrupted
 from fdfast.trainer.batch import Attempt
 from fdfast.trainer.metrics import Clock
+
+# How long Ctrl-C waits while the learner waits for a batch.
+_HEARD_S = 0.1
 
 
 @dataclass
@@ -85,12 +88,11 @@ class OnDemand:
         """See `Batches`."""
 
 
-class _EndedError(KeyboardInterrupt):
-    """The run ends: a stage leaves its work where it is, as at Ctrl-C."""
-
-
 class Pipeline:
     """Batches are made ahead, by a thread for each stage.
+
+    Ctrl-C strikes the learner alone, and never while it has the lock or has begun one thread of
+    two. The stages end where they ask (`interrupts.go_on`).
 
     Args:
         sample: makes the batch of a step; from another thread than the learner's, as is `tell`.
@@ -115,9 +117,8 @@ class Pipeline:
         self.sampled: deque[Batch] = deque()
         self.told: deque[Batch] = deque()
         self.error: BaseException | None = None
-        self.ending = False
+        self.ending = threading.Event()
         self.changed = threading.Condition()
-        self.working: set[int] = set()
         self.threads = [
             threading.Thread(target=self._run, args=(stage,), name=f"fdfast {name}")
             for name, stage in (("rollout", self._sample_all), ("feedback", self._tell_all))
@@ -125,45 +126,50 @@ class Pipeline:
 
     def __enter__(self) -> Self:
         """Begin with the first batch."""
-        for thread in self.threads:
-            thread.start()
-        return self
+        try:
+            with uninterrupted():
+                for thread in self.threads:
+                    thread.start()
+            return self
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __exit__(self, *error: object) -> None:
         """End the stages where they are, and wait until they have."""
-        with self.changed:
-            self.ending = True
-            for worker in self.working:
-                _raise_in(worker, _EndedError)
+        with uninterrupted(), self.changed:
+            self.ending.set()
             self.changed.notify_all()
         for thread in self.threads:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
 
     def take(self, step: int) -> Batch:
         """See `Batches`; its clock has the learner's wait."""
         start = time.perf_counter()
-        with self.changed:
-            self.changed.wait_for(lambda: self.told or self.error is not None)
-            if not self.told:
-                assert self.error is not None
-                raise self.error
-            batch = self.told.popleft()
-            self.changed.notify_all()
+        batch = None
+        while batch is None:
+            with uninterrupted(), self.changed:
+                self.changed.wait_for(lambda: self.told or self.error is not None, _HEARD_S)
+                if self.told:
+                    batch = self.told.popleft()
+                    self.changed.notify_all()
+                elif self.error is not None:
+                    raise self.error
         assert batch.step == step
         batch.clock.spent["time/wait"] = time.perf_counter() - start
         return batch
 
     def finished(self, step: int) -> None:
         """See `Batches`."""
-        with self.changed:
+        with uninterrupted(), self.changed:
             self.done = step
             self.changed.notify_all()
 
     def _sample_all(self) -> None:
         for step in self.steps:
             self._wait(lambda: not self.sampled and self.done >= step - self.max_staleness)  # noqa: B023
-            batch = self._work(lambda: self.sample(step))  # noqa: B023
-            self._pass_on(self.sampled, batch)
+            self._pass_on(self.sampled, self.sample(step))
 
     def _tell_all(self) -> None:
         room = max(1, self.max_staleness)
@@ -172,26 +178,13 @@ class Pipeline:
             with self.changed:
                 batch = self.sampled.popleft()
                 self.changed.notify_all()
-            self._pass_on(self.told, self._work(lambda: self.tell(batch)))  # noqa: B023
+            self._pass_on(self.told, self.tell(batch))
 
     def _wait(self, ready: Callable[[], bool]) -> None:
         with self.changed:
-            self.changed.wait_for(lambda: ready() or self.ending)
-            if self.ending:
-                raise _EndedError
-
-    def _work(self, work: Callable[[], Batch]) -> Batch:
-        """A stage's work, which the end of the run ends."""
-        thread = threading.get_ident()
-        with self.changed:
-            if self.ending:
-                raise _EndedError
-            self.working.add(thread)
-        try:
-            return work()
-        finally:
-            with self.changed:
-                self.working.discard(thread)
+            self.changed.wait_for(lambda: ready() or self.ending.is_set())
+            if self.ending.is_set():
+                raise EndedError
 
     def _pass_on(self, to: deque[Batch], batch: Batch) -> None:
         with self.changed:
@@ -200,16 +193,12 @@ class Pipeline:
 
     def _run(self, stage: Callable[[], None]) -> None:
         """A thread: what ends it early is the learner's to hear."""
+        ends_with(self.ending)
         try:
             stage()
-        except _EndedError:
+        except EndedError:
             pass
         except BaseException as error:
             with self.changed:
                 self.error = error
                 self.changed.notify_all()
-
-
-def _raise_in(thread: int, error: type[BaseException]) -> None:
-    """Raise an exception in another thread, as a signal's handler does in the main one."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error))

@@ -248,6 +248,11 @@ def check_for_ranks(config: TrainConfig, ranks: Ranks) -> None:
     }
     if refused := [name for name, asked in alone.items() if asked]:
         raise InputError(f"{refused[0]} is for one rank; got {ranks.size}: drop it, or take one")
+    if config.model.vocabulary_parallel and ranks.device != torch.device("cpu"):
+        raise InputError(
+            f"model.vocabulary_parallel is for ranks on CPUs; got {ranks.size} on {ranks.device}: "
+            "take false"
+        )
     own = "self" in (config.feedback.source, config.feedback.on_failure)
     if own and config.feedback.self_model == "teacher":
         raise InputError(

@@ -19,7 +19,7 @@ from fdfast.trainer.metrics import read_jsonl
 
 # What is written here under a temporary name first.
 _WRITTEN = re.compile(
-    r"(checkpoint|reference)-\d+|model|adapter|(metrics|attempts)\.jsonl|(run|feedback_spent)\.json"
+    r"(checkpoint|reference|bad-step)-\d+|model|adapter|(metrics|attempts)\.jsonl|(run|feedback_spent)\.json"
 )
 _SPENT = "feedback_spent.json"
 

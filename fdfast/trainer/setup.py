@@ -1,6 +1,7 @@
 """What a run works with: student, teacher, optimizer, feedback, and each stage's loss."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from fdfast.errors import InputError
 from fdfast.feedback import FeedbackProvider
 from fdfast.fused_layers import fuse_layers
 from fdfast.losses import FeedbackDistillationLoss, GRPOLoss
-from fdfast.models import HeadWeights, lm_head
+from fdfast.models import HeadWeights, find_device, lm_head
+from fdfast.offloading import check_device
 from fdfast.teacher import EMATeacher
 from fdfast.trainer.checkpoint import TrainState, restore
 from fdfast.trainer.config import TrainConfig
@@ -21,6 +23,7 @@ from fdfast.trainer.scoring import Scorer
 from fdfast.trainer.sharding import WholeCopy, shard
 from fdfast.trainer.stages import Place, distills, samples_ahead
 from fdfast.trainer.student import Adapters, keep_reference, load_reference, load_student
+from fdfast.trainer.vocabulary_parallel import heads_of
 
 
 def initial_state(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> TrainState:
@@ -30,23 +33,28 @@ def initial_state(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) ->
         InputError: a model or setting is off, or the checkpoint is damaged.
     """
     with ranks.together():
+        device = ranks.device or find_device(config.model.device)
         if config.model.dtype == "float16":
             raise InputError("dtype=float16 can't be trained without loss scaling; take bfloat16")
+        if config.model.activation_offloading:
+            check_device(device)
         model, tokenizer = load_student(
             config.model.model_name_or_path,
             dtype=config.model.dtype,
             adapters=_adapters(config),
             saved=checkpoint,
         )
+    if ranks.device is None:
+        model.to(device)
     fuse_layers(model)  # before the teacher and what samples are copied
     sampled = None
     if samples_ahead(config):
-        sampled = WholeCopy(model, next(model.parameters()).device)
+        sampled = WholeCopy(model, device)
     if ranks.device is not None:
         # vLLM takes its weights from anywhere, and has a copy of its own on the GPU.
         place = torch.device("cpu") if config.rollout.use_vllm else ranks.device
         sampled = WholeCopy(model, place)
-    cut = None if ranks.device is None else functools.partial(shard, device=ranks.device)
+    cut = _cut(config, ranks)
     teacher = EMATeacher(
         model,
         # Nobody asks it in a run of GRPO alone: live is no copy.
@@ -108,8 +116,9 @@ def make_scorer(state: TrainState, at: Place, ranks: Ranks) -> Scorer:
     config = at.config
     wanted = config.loss.beta and config.loss.distillation_weight < 1
     reference = _reference(state, at, ranks) if wanted else None
-    loss_fn = make_loss(config, lm_head(state.model))
-    return Scorer(config, state.model, state.teacher.model, loss_fn, reference, ranks)
+    heads = heads_of(state.model)
+    loss_fn = make_loss(config, lm_head(state.model), heads.group)
+    return Scorer(config, state.model, state.teacher.model, loss_fn, reference, ranks, heads)
 
 
 def _reference(state: TrainState, at: Place, ranks: Ranks) -> Any:
@@ -121,13 +130,23 @@ def _reference(state: TrainState, at: Place, ranks: Ranks) -> Any:
             keep_reference(student, state.tokenizer, path)
     with ranks.together():
         reference = load_reference(state.model, path, dtype=at.config.model.dtype)
-    if ranks.device is not None:
-        shard(reference, ranks.device)
+    if (cut := _cut(at.config, ranks)) is not None:
+        cut(reference)
     return reference
 
 
-def make_loss(config: TrainConfig, head: HeadWeights) -> FeedbackDistillationLoss | GRPOLoss:
-    """The loss that the settings name, for a model with this head."""
+def _cut(config: TrainConfig, ranks: Ranks) -> Callable[[Any], None] | None:
+    """What cuts a model over the ranks, where there are several."""
+    if ranks.device is None:
+        return None
+    keeps = config.model.vocabulary_parallel
+    return functools.partial(shard, device=ranks.device, keeps_head_cut=keeps)
+
+
+def make_loss(
+    config: TrainConfig, head: HeadWeights, group: Any = None
+) -> FeedbackDistillationLoss | GRPOLoss:
+    """The loss that the settings name, for a model with this head; group: see `policy_head`."""
     loss, vllm = config.loss, config.vllm
     common: dict[str, Any] = {
         "divergence": loss.divergence,
@@ -138,6 +157,7 @@ def make_loss(config: TrainConfig, head: HeadWeights) -> FeedbackDistillationLos
         "grad_filter": loss.grad_filter,
         "workspace_mb": loss.workspace_mb,
         "backend": loss.backend,
+        "group": group,
     }
     if loss.distillation_weight == 1:
         return FeedbackDistillationLoss(temperature=loss.distillation_temperature, **common)

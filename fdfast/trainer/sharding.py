@@ -5,6 +5,11 @@ The trainer calls the decoder and reads the head's weight beside it, both outsid
 forward, on which FSDP's hooks hang. So what needs the weights runs `inside` the model: the rest is
 gathered before it, each layer gathers itself on the way, and gradients go back to their shards as
 sums over the ranks, not means.
+
+A head that is cut along the vocabulary (vocabulary_parallel) is never gathered: each rank reads its
+own rows (`head_shard`), and the gradient that autograd leaves at them is already that of all ranks'
+tokens. One that is also the embedding is gathered for that, and `head_shard` are its rows all the
+same: FSDP adds what the embedding's gradient has for them.
 """
 
 import contextlib
@@ -24,13 +29,14 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from fdfast.models import hidden_states, lm_head
+from fdfast.errors import InputError
+from fdfast.models import HeadWeights, hidden_states, lm_head
 from fdfast.packing import PrefixTree
 
 T = TypeVar("T")
 
 
-def shard(model: Any, device: torch.device) -> None:
+def shard(model: Any, device: torch.device, *, keeps_head_cut: bool = False) -> None:
     """Cut the weights of a causal LM over all ranks, along their first dimension; in place.
 
     A collective. Each rank holds the same weights before.
@@ -38,15 +44,27 @@ def shard(model: Any, device: torch.device) -> None:
     Args:
         model: of transformers, peft's wrapper included.
         device: of this rank; the model is moved there.
+        keeps_head_cut: `head_shard` shall say the head's rows of this rank, and no pass gather it.
+
+    Raises:
+        InputError: a rank would have no row of the head.
     """
     model.to(device)
+    head = model.get_output_embeddings()
+    if keeps_head_cut:
+        _check_rows(len(head.weight))
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     # Gradients of narrow weights are added up in float32.
     options: Any = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
     base = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     for layer in base.layers:
         fully_shard(layer, **options)
+    if keeps_head_cut and head.weight is not model.get_input_embeddings().weight:
+        fully_shard(head, **options)  # a group that gathers itself in its own forward: in no pass
     fully_shard(model, **options)
+    if keeps_head_cut:
+        # Of these objects autograd and the optimizer know, whether the others are gathered or not.
+        model.head_shard = lm_head(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # A sum: what ranks add up is one loss. gloo has no scaled sum, so none is asked for.
@@ -54,6 +72,32 @@ def shard(model: Any, device: torch.device) -> None:
             module.set_force_sum_reduction_for_comms(True)
     model.run_inside = types.MethodType(lambda _, function: function(), model)
     register_fsdp_forward_method(model, "run_inside")
+
+
+def _check_rows(V: int) -> None:
+    """Rows are dealt out in runs of one length, the last ones shorter."""
+    size = torch.distributed.get_world_size()
+    if -(-V // size) * (size - 1) >= V:
+        raise InputError(
+            f"model.vocabulary_parallel: a vocabulary of {V} leaves one of {size} ranks without a "
+            "row of the head; take fewer ranks, or vocabulary_parallel=false"
+        )
+
+
+def head_shard(model: Any) -> HeadWeights:
+    """This rank's rows of a head that `shard` kept cut; differentiable."""
+    head: HeadWeights = model.head_shard
+    weight, bias = head.weight, head.bias
+    assert isinstance(weight, DTensor)
+    return head._replace(
+        weight=weight.to_local(), bias=bias.to_local() if isinstance(bias, DTensor) else None
+    )
+
+
+def _groups(model: Any) -> list[FSDPModule]:
+    """The modules whose weights a pass gathers."""
+    head = model.get_output_embeddings()
+    return [m for m in model.modules() if isinstance(m, FSDPModule) and m is not head]
 
 
 def inside(model: Any, function: Callable[[], T]) -> T:
@@ -73,9 +117,8 @@ def inside(model: Any, function: Callable[[], T]) -> T:
 def release(*models: Any) -> None:
     """Give back what `inside` left gathered: weights will change, or memory is wanted."""
     for model in models:
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for module in _groups(model):
+            module.reshard()
 
 
 @contextlib.contextmanager
@@ -87,7 +130,7 @@ def gathered(model: Any, *others: Any) -> Iterator[None]:
         model: sharded; its gradients are reduced at the end.
         others: sharded; they have none.
     """
-    modules = [m for each in (model, *others) for m in each.modules() if isinstance(m, FSDPModule)]
+    modules = [module for each in (model, *others) for module in _groups(each)]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.set_reshard_after_backward(False, recurse=False)
@@ -107,18 +150,22 @@ def gathered(model: Any, *others: Any) -> Iterator[None]:
     release(model, *others)
 
 
+def blank_tree() -> PrefixTree:
+    """A pack without targets."""
+    return PrefixTree.from_sequences([[0]], [[False]])
+
+
 def empty_pass(model: Any) -> Tensor:
     """A loss of 0 that depends on every trained weight: the part of a rank that has no pack left
     in a pass of the others.
     """
-    device = next(model.parameters()).device
-    tree = PrefixTree.from_sequences([[0]], [[False]]).to(device)
+    tree = blank_tree().to(next(model.parameters()).device)
 
     def loss() -> Tensor:
-        head = lm_head(model)
-        parts = [hidden_states(model, tree).sum(), 0.0 * head.weight[:1].sum()]
-        if head.bias is not None:
-            parts.append(0.0 * head.bias[:1].sum())
+        parts = [hidden_states(model, tree).sum()]
+        if not isinstance(model.get_output_embeddings(), FSDPModule):  # it is gathered too
+            head = lm_head(model)
+            parts += [0.0 * x[:1].sum() for x in (head.weight, head.bias) if x is not None]
         return torch.stack([part.float() for part in parts]).sum()
 
     return inside(model, loss)
