@@ -114,6 +114,7 @@ def test_a_demo_run_can_be_resumed(name):
         (["fast"], "'fast' is no setting; write key=value"),
         (["feedback=llm"], "command line: feedback is a group .*; did you mean feedback.source"),
         (["loss=1"], r"^command line: loss is a group .*, \.\.\.\); got 1$"),
+        (["max_pass_tokens=true"], "model.max_pass_tokens: must be a number; got True"),
         (["beta=true"], "command line: loss.beta: must be a number; got True"),
         (["report_to=wandb"], r"report_to: must be a list, \[wandb\] say; got 'wandb'"),
         (["stages=[{max_steps: 0}]"], "^config: stage 1: optim.max_steps must be at least 1"),

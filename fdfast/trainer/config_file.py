@@ -224,7 +224,7 @@ def _yaml_value(key: str, text: str) -> Any:
         raise InputError(f"command line: {key}: {text!r} is no YAML: {reason}") from error
 
 
-_NUMBERS = (int, float, float | None)
+_NUMBERS = (int, float, int | None, float | None)
 _TEXTS = frozenset(
     path
     for path, kind in paths(TrainConfig)[0].items()
