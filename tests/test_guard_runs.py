@@ -174,3 +174,16 @@ def test_the_curves_of_a_resumed_run_have_every_point_once(tiny, tmp_path):
     assert seen["timing_s/step"]
     evaluated = [(row["step"], row["eval_kl"]) for row in rows if "eval_loss" in row]
     assert seen["eval_actor/kl_loss"] == evaluated
+
+
+def test_a_full_disk_is_one_line_that_names_the_way_out(tiny, tmp_path, monkeypatch):
+    change(monkeypatch, poison({1}))
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fdfast.trainer.update.dump_bad_step", full)
+    with pytest.raises(
+        MachineError, match=r"batch of step 1 can't be kept .*No space left.*dumps=0"
+    ):
+        train(settings(tiny, tmp_path), quiet=True)

@@ -287,6 +287,16 @@ def test_a_resume_under_other_settings_is_refused(tiny, tmp_path):
         check_settings(settings(tiny, tmp_path), saved.parent)
 
 
+def test_a_resume_may_follow_an_alarms_advice_and_says_so(tiny, tmp_path, capsys):
+    train(settings(tiny, tmp_path, max_steps=1, save_steps=1), quiet=True)
+    lower = settings(tiny, tmp_path, learning_rate=1e-5, entropy_coef=0.01, max_steps=2)
+    rows = train(lower, resume=True)
+    assert rows[1]["learning_rate"] == 1e-5
+    said = capsys.readouterr().out
+    assert "loss.entropy_coef 0.0 -> 0.01" in said
+    assert "optim.learning_rate 0.001 -> 1e-05" in said
+
+
 def test_a_rate_that_ruins_the_weights_ends_the_run(tiny, tmp_path):
     config = settings(tiny, tmp_path, learning_rate=1e30, max_steps=99, save_final_model=True)
     with pytest.raises(MachineError, match="not finite in 4 steps in a row; lower learning_rate"):

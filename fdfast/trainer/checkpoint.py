@@ -249,8 +249,15 @@ MAY_CHANGE = {
 }
 
 
-def check_settings(config: TrainConfig, checkpoint: Path) -> None:
+# What an alarm's advice is to change: the run goes on, and says so.
+MAY_CHANGE_ALOUD = {"loss.entropy_coef", "optim.learning_rate", "optim.max_grad_norm"}
+
+
+def check_settings(config: TrainConfig, checkpoint: Path) -> list[str]:
     """Refuse to resume a checkpoint under other settings.
+
+    Returns:
+        Changes that are allowed and change the run.
 
     Raises:
         InputError: naming each setting that differs.
@@ -269,17 +276,17 @@ def check_settings(config: TrainConfig, checkpoint: Path) -> None:
         )
     # A setting that is newer than the checkpoint had its default then.
     before = plain(TrainConfig()) | saved
-    differ = [
-        f"{key} {before[key]!r} -> {value!r}"
+    changes = {
+        key: f"{key} {before[key]!r} -> {value!r}"
         for key, value in now.items()
         if key not in MAY_CHANGE and value != before[key]
-    ]
-    if differ:
+    }
+    if differ := [said for key, said in changes.items() if key not in MAY_CHANGE_ALOUD]:
         raise InputError(
             f"{checkpoint}: was made with other settings ({'; '.join(differ)}); keep them, or "
-            f"begin "
-            "another output_dir from its model"
+            "begin another output_dir from its model"
         )
+    return list(changes.values())
 
 
 def restore(state: TrainState, path: Path) -> None:

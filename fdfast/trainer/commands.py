@@ -133,7 +133,11 @@ def _add_dry_run(parser: argparse.ArgumentParser) -> None:
 def _add_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="over the file's settings")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="the same, as an option"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="the same, as an option, over all of these",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML, over the preset's")
 

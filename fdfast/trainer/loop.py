@@ -60,7 +60,7 @@ from fdfast.trainer.screen import Screen
 from fdfast.trainer.settings import flat
 from fdfast.trainer.setup import initial_state, make_scorer, provider_of
 from fdfast.trainer.sinks import Sink, check_reports, make_sinks
-from fdfast.trainer.stages import Place, place, total_steps
+from fdfast.trainer.stages import Place, place, samples_ahead, total_steps
 from fdfast.trainer.update import gradients, keep_bad_step, update
 
 
@@ -92,8 +92,7 @@ def _train_on(
     with ranks.together():
         found = find_start(folder, resume=resume)
         newest = found.checkpoint
-        if newest is not None:
-            check_settings(config, newest)
+        changes = [] if newest is None else check_settings(config, newest)
         check_key(config)
         check_for_ranks(config, ranks)
         check_reports(config.logging.report_to)
@@ -106,7 +105,7 @@ def _train_on(
         lean_pool(config) as lean,
         contextlib.ExitStack() as closing,
     ):
-        for line in found.lines():
+        for line in [*found.lines(), *changes]:
             screen.say(f"{folder}: {line}")
         screen.say(f"{folder}: loading {newest or config.model.model_name_or_path}")
         state = initial_state(config, newest, ranks)
@@ -196,7 +195,7 @@ class _Run:
 def _train(run: _Run) -> None:
     """The loop."""
     config, state = run.config, run.state
-    ahead = config.rollout.max_staleness > 0 and next(state.model.parameters()).device.type == "cpu"
+    ahead = samples_ahead(config) and next(state.model.parameters()).device.type == "cpu"
     # Which library multiplies is the process's: while some sample, the learner may not switch it.
     with fast_gemms(ahead and onednn_keeps_float32()), _batches(run) as batches:
         _train_on_batches(run, batches)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fdfast.errors import MachineError
 from fdfast.trainer.bad_steps import dump_bad_step
 from fdfast.trainer.batch import Attempt
 from fdfast.trainer.checkpoint import TrainState
@@ -84,15 +85,25 @@ def keep_bad_step(
     rows: list[dict[str, Any]],
     metrics: dict[str, Any],
 ) -> str:
-    """Keep the batch of a skipped step, whose gradient is still there; a line about it."""
-    config = at.config
-    return dump_bad_step(
-        Path(config.output_dir),
-        state.step,
-        rows=rows,
-        attempts=attempts,
-        metrics=metrics,
-        weights=state.master.master,
-        keep=config.guards.max_bad_step_dumps,
-        writes=ranks.main,
-    )
+    """Keep the batch of a skipped step, whose gradient is still there; a line about it.
+
+    Raises:
+        MachineError: the disk is full.
+    """
+    folder = Path(at.config.output_dir)
+    try:
+        return dump_bad_step(
+            folder,
+            state.step,
+            rows=rows,
+            attempts=attempts,
+            metrics=metrics,
+            weights=state.master.master,
+            keep=at.config.guards.max_bad_step_dumps,
+            writes=ranks.main,
+        )
+    except OSError as error:
+        raise MachineError(
+            f"{folder}: the batch of step {state.step} can't be kept ({error}); make room, or take "
+            "guards.max_bad_step_dumps=0"
+        ) from error
