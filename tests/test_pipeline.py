@@ -22,6 +22,8 @@ from fdfast.trainer.metrics import Clock, read_jsonl, stage_times
 from fdfast.trainer.pipeline import Batch, OnDemand, Pipeline
 from fdfast.trainer.ranks import Ranks
 from fdfast.trainer.rollouts import Rollouts, check_for_ranks
+from fdfast.trainer.sharding import WholeCopy
+from fdfast.trainer.student import Adapters, load_student
 from tests.chat_server import GOOD, Reply, chat_server, completion
 from tests.test_trainer import settings
 from tests.test_trainer_stages import attempts_of, config_of, run_settings, scored
@@ -391,3 +393,18 @@ def test_where_nothing_can_be_made_ahead_it_is_one_line(tiny, tmp_path):
         check_for_ranks(settings(tiny, tmp_path, max_staleness=1), two)
     with pytest.raises(InputError, match="max_staleness must not be negative; got -1"):
         settings(tiny, tmp_path, max_staleness=-1)
+
+
+def test_a_copy_that_samples_shares_what_is_not_trained(tiny):
+    adapters = Adapters(rank=4, alpha=8.0, dropout=0.0, target_modules=(), seed=0)
+    student, _ = load_student(str(tiny), dtype="float32", adapters=adapters)
+    sampled = WholeCopy(student, torch.device("cpu"), shares=True)
+    for own, theirs in zip(sampled.model.parameters(), student.parameters(), strict=True):
+        assert (own is theirs) == (not theirs.requires_grad)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    sampled.follow(student)
+    for own, theirs in zip(sampled.model.parameters(), student.parameters(), strict=True):
+        assert torch.equal(own, theirs)

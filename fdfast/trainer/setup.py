@@ -49,7 +49,7 @@ def initial_state(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) ->
     fuse_layers(model)  # before the teacher and what samples are copied
     sampled = None
     if samples_ahead(config):
-        sampled = WholeCopy(model, device)
+        sampled = WholeCopy(model, device, shares=True)
     if ranks.device is not None:
         # vLLM takes its weights from anywhere, and has a copy of its own on the GPU.
         place = torch.device("cpu") if config.rollout.use_vllm else ranks.device

@@ -177,21 +177,22 @@ class WholeCopy:
     Args:
         model: before it is sharded.
         device: where the copy lies.
+        shares: whether weights that are not trained are the model's very own: it lies on that
+            device, and will not be sharded.
     """
 
-    def __init__(self, model: Any, device: torch.device) -> None:
-        self.model = copy.deepcopy(model).to(device).requires_grad_(False).eval()
+    def __init__(self, model: Any, device: torch.device, *, shares: bool = False) -> None:
+        shared = [p for p in model.parameters() if shares and not p.requires_grad]
+        copied = copy.deepcopy(model, {id(p): p for p in shared})
+        self.model = copied.to(device).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def follow(self, sharded: Any) -> None:
-        """Take over the weights, one after the other. A collective.
-
-        Args:
-            sharded: the student.
-        """
-        release(sharded)
-        for own, theirs in zip(self.model.parameters(), sharded.parameters(), strict=True):
-            own.copy_(whole(theirs))
+    def follow(self, student: Any) -> None:
+        """Take over the weights, one after the other; of a sharded student a collective."""
+        release(student)
+        for own, theirs in zip(self.model.parameters(), student.parameters(), strict=True):
+            if own is not theirs:
+                own.copy_(whole(theirs))
 
 
 def whole(tensor: Tensor) -> Tensor:
